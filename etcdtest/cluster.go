@@ -1,0 +1,311 @@
+// Package etcdtest is for tests against a real etcd, and against its failures.
+//
+// # Clusters
+//
+// [Start] runs a cluster of etcd members inside the test's process, on free loopback ports, and stops it when the test
+// ends:
+//
+//	func TestMine(t *testing.T) {
+//		cluster := etcdtest.Start(t, 3)
+//		client := cluster.Client(t)
+//		…
+//		cluster.Isolate(cluster.Leader())
+//	}
+//
+// [New] is the same without a test. The members keep etcd's default times (a tick of 100 ms, an election timeout of
+// 1 s, so that a lease lives 2 s or longer), and no fsync, logs or TLS. [Cluster.Stop] and [Cluster.Restart] are a
+// member's crash and its return; [Cluster.Isolate] and [Cluster.Rejoin] cut it from its peers while clients still
+// reach it. A cluster starts in some 20 ms, of one member or of three, since its first leader is not left to chance.
+//
+// # Links
+//
+// [StartLink] puts a TCP proxy in front of one endpoint, and with it a bad network between the client under test and
+// etcd:
+//
+//	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+//	client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}})
+//	…
+//	link.DropReplies() // the request is carried out, the client never learns
+//	link.Heal()
+//
+// A client to several members needs a link for each. A clientv3.Client that is given a link's endpoint stays on it,
+// unless it calls Sync or sets AutoSyncInterval: then it learns the members' own endpoints, and goes round the link.
+//
+// # What it cannot do
+//
+// Everything shares one process, one clock and the machine's cores: a pause of the process stops client and server
+// alike, and clocks do not drift apart.
+package etcdtest
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/types"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+)
+
+const (
+	// startAttempts is how often New starts over because another process has taken a port.
+	startAttempts = 5
+	// readyTimeout bounds how long New and Restart wait until the members serve.
+	readyTimeout = 30 * time.Second
+	// electTimeout bounds how long a first leader is hurried: others do not stand for election before.
+	electTimeout = 200 * time.Millisecond
+	// pollInterval is how often all these look.
+	pollInterval = 5 * time.Millisecond
+)
+
+// Cluster is a number of etcd members in this process. Its methods are safe for concurrent use: Stop, Restart,
+// Isolate, Rejoin and Close take turns, the others do not wait for them. Members are numbered from 0, in the order of
+// [Cluster.Endpoints].
+type Cluster struct {
+	dir   string
+	nodes []*node
+
+	turn   sync.Mutex // held by the methods that change members
+	closed bool       // guarded by turn
+}
+
+// New runs a cluster of in-process members on free loopback ports, fsync off, in a temporary directory. It returns when
+// each member serves clients and one leads, or with an error: that members is not positive, or that etcd did not start.
+// The caller closes the cluster.
+func New(members int) (*Cluster, error) {
+	if members < 1 {
+		return nil, fmt.Errorf("etcdtest: members is %d, not 1 or more", members)
+	}
+	for attempt := 1; ; attempt++ {
+		c, err := start(members)
+		if err == nil {
+			return c, nil
+		}
+		if attempt == startAttempts || !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("etcdtest: %w", err)
+		}
+	}
+}
+
+// Start is [New] for a test: it fails tb on an error, and closes the cluster when tb ends.
+func Start(tb testing.TB, members int) *Cluster {
+	tb.Helper()
+	c, err := New(members)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
+	return c
+}
+
+// start makes one attempt at a cluster, and leaves nothing behind when that fails.
+func start(members int) (*Cluster, error) {
+	dir, err := os.MkdirTemp("", "etcdtest-")
+	if err != nil {
+		return nil, err
+	}
+	c := &Cluster{dir: dir}
+	if err := c.startNodes(members); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func (c *Cluster) startNodes(members int) error {
+	nodes, err := newNodes(members, c.dir)
+	if err != nil {
+		return err
+	}
+	c.nodes = nodes
+	for _, n := range nodes {
+		if err := n.start(); err != nil {
+			return err
+		}
+	}
+	c.elect(nodes[0])
+	return c.waitServing()
+}
+
+// Endpoints returns the members' client endpoints, each "127.0.0.1:port". They stay the same for the cluster's life.
+func (c *Cluster) Endpoints() []string {
+	endpoints := make([]string, len(c.nodes))
+	for i, n := range c.nodes {
+		endpoints[i] = n.clientAddress
+	}
+	return endpoints
+}
+
+// Client returns a new client to all members, closed when tb ends. It logs nothing; its DialTimeout is 5 s. It fails tb
+// when clientv3 cannot make one.
+func (c *Cluster) Client(tb testing.TB) *clientv3.Client {
+	tb.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:   c.Endpoints(),
+		DialTimeout: 5 * time.Second,
+		Logger:      zap.NewNop(),
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// Leader returns the index of the member that leads, -1 if none does: the one that a majority of all members, itself
+// among them, follows. Stopped and isolated members neither lead nor follow.
+func (c *Cluster) Leader() int {
+	followers := make(map[types.ID]int)
+	self := make(map[types.ID]int)
+	for i, n := range c.nodes {
+		leader, leads := n.leader()
+		followers[leader]++
+		if leads {
+			self[leader] = i
+		}
+	}
+	for leader, i := range self {
+		if followers[leader] >= c.quorum() {
+			return i
+		}
+	}
+	return -1
+}
+
+// elect makes n the leader now. Left alone, members wait for a random time of up to two election timeouts. Others must
+// neither have a newer log nor stand themselves: a new cluster, or the only member. It may fail, when etcd is slow to
+// start; then they elect one later.
+func (c *Cluster) elect(n *node) {
+	for deadline := time.Now().Add(electTimeout); c.Leader() < 0 && time.Now().Before(deadline); {
+		n.campaign()
+		time.Sleep(pollInterval)
+	}
+}
+
+// waitServing waits until the members that are connected serve clients, and one leads.
+func (c *Cluster) waitServing() error {
+	for deadline := time.Now().Add(readyTimeout); !c.serving(); time.Sleep(pollInterval) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the cluster does not serve after %v", readyTimeout)
+		}
+	}
+	return nil
+}
+
+func (c *Cluster) serving() bool {
+	for _, n := range c.nodes {
+		if n.connected() && !n.serving() {
+			return false
+		}
+	}
+	return c.Leader() >= 0
+}
+
+// connected counts the members that run and are not isolated.
+func (c *Cluster) connected() int {
+	count := 0
+	for _, n := range c.nodes {
+		if n.connected() {
+			count++
+		}
+	}
+	return count
+}
+
+// quorum is how many members decide.
+func (c *Cluster) quorum() int {
+	return len(c.nodes)/2 + 1
+}
+
+// Stop stops a member as a crash would: clients and peers lose their connections at once and are then refused, and a
+// leader does not hand over. What the member had acknowledged is kept for [Cluster.Restart]. Stopping a stopped member
+// does nothing. It is an error that member is no index, or the cluster closed.
+func (c *Cluster) Stop(member int) error {
+	return c.change(member, func(n *node) error {
+		n.stop()
+		return nil
+	})
+}
+
+// Restart starts a stopped member on the same ports and data. It returns when the member serves clients, unless the
+// cluster has no quorum with it, or the member is isolated: then it returns when the member listens. Restarting a
+// running member does nothing. It is an error that member is no index, the cluster closed, or that etcd does not start.
+func (c *Cluster) Restart(member int) error {
+	return c.change(member, func(n *node) error {
+		if n.running() {
+			return nil
+		}
+		if err := n.restart(); err != nil {
+			return err
+		}
+		if len(c.nodes) == 1 {
+			c.elect(n)
+		}
+		if !n.connected() || c.connected() < c.quorum() {
+			return nil
+		}
+		return c.waitServing()
+	})
+}
+
+// Isolate cuts a member from its peers, at once, and leaves its client port open: a leader stops leading within two
+// election timeouts (2 s), and the other members elect one of theirs if they can. It lasts until [Cluster.Rejoin], and
+// through Stop and Restart. Isolating an isolated member, or the only member, does nothing. It is an error that member
+// is no index, or the cluster closed.
+func (c *Cluster) Isolate(member int) error {
+	return c.change(member, func(n *node) error {
+		if len(c.nodes) > 1 {
+			n.isolate()
+		}
+		return nil
+	})
+}
+
+// Rejoin undoes [Cluster.Isolate]; it does not wait for the member to catch up. Rejoining a member that is not isolated
+// does nothing. It is an error that member is no index, or the cluster closed.
+func (c *Cluster) Rejoin(member int) error {
+	return c.change(member, func(n *node) error {
+		n.rejoin()
+		return nil
+	})
+}
+
+// Close stops all members and removes their data. Closing again does nothing. It is an error that the data could not be
+// removed.
+func (c *Cluster) Close() error {
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	c.closed = true
+	var stopping sync.WaitGroup
+	for _, n := range c.nodes {
+		stopping.Go(n.stop)
+	}
+	stopping.Wait()
+	if err := os.RemoveAll(c.dir); err != nil {
+		return fmt.Errorf("etcdtest: %w", err)
+	}
+	return nil
+}
+
+// change has f change a member, when it is the caller's turn.
+func (c *Cluster) change(member int, f func(*node) error) error {
+	if member < 0 || member >= len(c.nodes) {
+		return fmt.Errorf("etcdtest: member is %d, not in 0-%d", member, len(c.nodes)-1)
+	}
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	if c.closed {
+		return errors.New("etcdtest: the cluster is closed")
+	}
+	if err := f(c.nodes[member]); err != nil {
+		return fmt.Errorf("etcdtest: member %d: %w", member, err)
+	}
+	return nil
+}

@@ -1,0 +1,382 @@
+package etcdtest_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/goleak"
+	"go.uber.org/zap"
+
+	"example.com/etcdutil/etcdtest"
+)
+
+// patience is how long a test waits for what should happen; no test passes by waiting so long.
+const patience = 15 * time.Second
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m)
+}
+
+func TestNewRefusesFewerThanOneMember(t *testing.T) {
+	for _, members := range []int{0, -1} {
+		_, err := etcdtest.New(members)
+		require.ErrorContains(t, err, fmt.Sprintf("members is %d", members))
+	}
+}
+
+func TestEachMemberServesWhenNewReturns(t *testing.T) {
+	for _, members := range []int{1, 3} {
+		t.Run(fmt.Sprint(members), func(t *testing.T) {
+			cluster := etcdtest.Start(t, members)
+			require.Len(t, cluster.Endpoints(), members)
+			require.Contains(t, indexes(members), cluster.Leader())
+			for _, endpoint := range cluster.Endpoints() {
+				client := clientTo(t, endpoint)
+				put(t, client, endpoint)
+				require.Equal(t, endpoint, get(t, client))
+			}
+			put(t, cluster.Client(t), "to all")
+		})
+	}
+}
+
+func TestShortestLeaseIsEtcdsDefault(t *testing.T) {
+	client := etcdtest.Start(t, 1).Client(t)
+	lease, err := client.Grant(t.Context(), 1)
+	require.NoError(t, err)
+	require.EqualValues(t, 2, lease.TTL)
+}
+
+func TestStoppedMemberRefusesAndKeepsItsDataForRestart(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	client := cluster.Client(t)
+	put(t, client, "kept")
+	endpoints := cluster.Endpoints()
+
+	require.NoError(t, cluster.Stop(0))
+	require.Equal(t, -1, cluster.Leader())
+	_, err := net.Dial("tcp", endpoints[0])
+	require.Error(t, err)
+
+	require.NoError(t, cluster.Restart(0))
+	require.Equal(t, 0, cluster.Leader())
+	require.Equal(t, endpoints, cluster.Endpoints())
+	require.Equal(t, "kept", get(t, client))
+	require.Equal(t, "kept", get(t, cluster.Client(t)))
+}
+
+func TestStopDoesNotWaitForWatches(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	leader := cluster.Leader()
+	watch := clientTo(t, cluster.Endpoints()[leader]).Watch(t.Context(), "key", clientv3.WithCreatedNotify())
+	require.True(t, (<-watch).Created)
+
+	begin := time.Now()
+	require.NoError(t, cluster.Stop(leader))
+	require.Less(t, time.Since(begin), 2*time.Second)
+}
+
+func TestOthersElectALeaderWhenTheirsStops(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	first := cluster.Leader()
+	require.NoError(t, cluster.Stop(first))
+	require.Eventually(t, func() bool { return cluster.Leader() >= 0 }, patience, 10*time.Millisecond)
+	require.NotEqual(t, first, cluster.Leader())
+	put(t, cluster.Client(t), "by two")
+
+	require.NoError(t, cluster.Restart(first))
+	require.Equal(t, "by two", get(t, clientTo(t, cluster.Endpoints()[first])))
+}
+
+func TestRestartReturnsWithoutQuorumAndTheNextOneServes(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	put(t, cluster.Client(t), "kept")
+	for i := range 3 {
+		require.NoError(t, cluster.Stop(i))
+	}
+
+	require.NoError(t, cluster.Restart(2))
+	require.Equal(t, -1, cluster.Leader())
+	require.NoError(t, cluster.Restart(0))
+	for _, i := range []int{0, 2} {
+		require.Equal(t, "kept", get(t, clientTo(t, cluster.Endpoints()[i])))
+	}
+}
+
+func TestRestartWaitsForItsPort(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	require.NoError(t, cluster.Stop(0))
+	taken, err := net.Listen("tcp", cluster.Endpoints()[0])
+	require.NoError(t, err)
+	time.AfterFunc(100*time.Millisecond, func() { _ = taken.Close() })
+	require.NoError(t, cluster.Restart(0))
+	put(t, cluster.Client(t), "served")
+}
+
+func TestIsolatedLeaderLosesLeadershipUntilItRejoins(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	first := cluster.Leader()
+	isolated := clientTo(t, cluster.Endpoints()[first])
+	put(t, isolated, "before")
+
+	require.NoError(t, cluster.Isolate(first))
+	require.NotEqual(t, first, cluster.Leader())
+	require.Error(t, tryPut(t, isolated, "lost"))
+	require.Eventually(t, func() bool { return cluster.Leader() >= 0 }, patience, 10*time.Millisecond)
+	require.NotEqual(t, first, cluster.Leader())
+	requireNoLeader(t, isolated)
+	for i := range 3 {
+		if i != first {
+			put(t, clientTo(t, cluster.Endpoints()[i]), "after")
+		}
+	}
+	require.Equal(t, "before", getLocal(t, isolated))
+
+	require.NoError(t, cluster.Rejoin(first))
+	require.Eventually(t, func() bool { return getLocal(t, isolated) == "after" }, patience, 10*time.Millisecond)
+	put(t, isolated, "together")
+	requireAgreement(t, cluster, "together")
+}
+
+func TestIsolatedFollowerLosesItsLeaderUntilItRejoins(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	leader := cluster.Leader()
+	follower := (leader + 1) % 3
+	isolated := clientTo(t, cluster.Endpoints()[follower])
+	put(t, isolated, "before")
+
+	require.NoError(t, cluster.Isolate(follower))
+	require.Error(t, tryPut(t, isolated, "lost"))
+	requireNoLeader(t, isolated)
+	put(t, clientTo(t, cluster.Endpoints()[leader]), "after")
+	require.Equal(t, leader, cluster.Leader())
+	require.Equal(t, "before", getLocal(t, isolated))
+
+	require.NoError(t, cluster.Rejoin(follower))
+	put(t, isolated, "together")
+	requireAgreement(t, cluster, "together")
+	require.Equal(t, leader, cluster.Leader(), "its return must not disturb the leader")
+}
+
+func TestNoLeaseIsRenewedAcrossAnIsolation(t *testing.T) {
+	for _, test := range []struct {
+		name     string
+		isolated func(leader int) int
+	}{
+		{"by a follower that is isolated", func(leader int) int { return (leader + 1) % 3 }},
+		{"by a leader that is isolated", func(leader int) int { return leader }},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			cluster := etcdtest.Start(t, 3)
+			leader := cluster.Leader()
+			client := clientTo(t, cluster.Endpoints()[(leader+1)%3])
+			lease, err := client.Grant(t.Context(), 60)
+			require.NoError(t, err)
+			_, err = client.KeepAliveOnce(t.Context(), lease.ID)
+			require.NoError(t, err)
+
+			require.NoError(t, cluster.Isolate(test.isolated(leader)))
+			// Shorter than the election timeout in which etcd would not notice by itself.
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			defer cancel()
+			_, err = client.KeepAliveOnce(ctx, lease.ID)
+			require.Error(t, err)
+		})
+	}
+}
+
+func TestIsolationLastsThroughARestart(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	member := (cluster.Leader() + 1) % 3
+	require.NoError(t, cluster.Isolate(member))
+	require.NoError(t, cluster.Stop(member))
+	require.NoError(t, cluster.Restart(member))
+	put(t, cluster.Client(t), "after")
+	client := clientTo(t, cluster.Endpoints()[member])
+	require.Error(t, tryPut(t, client, "lost"))
+
+	require.NoError(t, cluster.Rejoin(member))
+	put(t, client, "together")
+	requireAgreement(t, cluster, "together")
+}
+
+func TestIsolatingAMajorityLeavesNoLeader(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	for i := range 2 {
+		require.NoError(t, cluster.Isolate(i))
+	}
+	require.Equal(t, -1, cluster.Leader())
+	require.Error(t, tryPut(t, cluster.Client(t), "lost"))
+	for i := range 2 {
+		require.NoError(t, cluster.Rejoin(i))
+	}
+	require.Eventually(t, func() bool { return cluster.Leader() >= 0 }, patience, 10*time.Millisecond)
+	put(t, cluster.Client(t), "together")
+	requireAgreement(t, cluster, "together")
+}
+
+func TestIsolatingTheOnlyMemberDoesNothing(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	require.NoError(t, cluster.Isolate(0))
+	require.Equal(t, 0, cluster.Leader())
+	put(t, cluster.Client(t), "served")
+	require.NoError(t, cluster.Rejoin(0))
+}
+
+func TestChangingAMemberTwiceIsChangingItOnce(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	for _, change := range []func(int) error{cluster.Rejoin, cluster.Isolate, cluster.Rejoin,
+		cluster.Restart, cluster.Stop, cluster.Restart} {
+		require.NoError(t, change(1))
+		require.NoError(t, change(1))
+	}
+	put(t, clientTo(t, cluster.Endpoints()[1]), "served")
+}
+
+func TestChangingAMemberThatDoesNotExistIsAnError(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	for _, change := range []func(int) error{cluster.Stop, cluster.Restart, cluster.Isolate, cluster.Rejoin} {
+		require.ErrorContains(t, change(-1), "member is -1")
+		require.ErrorContains(t, change(1), "member is 1")
+	}
+}
+
+func TestClosedClusterRefusesAndChangesNoMore(t *testing.T) {
+	temporary := t.TempDir()
+	t.Setenv("TMPDIR", temporary)
+	cluster, err := etcdtest.New(3)
+	require.NoError(t, err)
+	require.NotEmpty(t, entries(t, temporary))
+
+	begin := time.Now()
+	require.NoError(t, cluster.Close())
+	require.NoError(t, cluster.Close())
+	require.Less(t, time.Since(begin), 3*time.Second)
+	require.Empty(t, entries(t, temporary))
+	require.Equal(t, -1, cluster.Leader())
+	for _, endpoint := range cluster.Endpoints() {
+		_, err := net.Dial("tcp", endpoint)
+		require.Error(t, err)
+	}
+	for _, change := range []func(int) error{cluster.Stop, cluster.Restart, cluster.Isolate, cluster.Rejoin} {
+		require.ErrorContains(t, change(0), "closed")
+	}
+}
+
+func TestClusterMayBeUsedConcurrently(t *testing.T) {
+	cluster := etcdtest.Start(t, 3)
+	var users sync.WaitGroup
+	for i := range 3 {
+		users.Go(func() {
+			for _, change := range []func(int) error{cluster.Isolate, cluster.Stop, cluster.Rejoin, cluster.Restart} {
+				if err := change(i); err != nil {
+					t.Error(err)
+				}
+				cluster.Leader()
+				cluster.Endpoints()
+			}
+		})
+	}
+	users.Wait()
+	put(t, cluster.Client(t), "together")
+}
+
+func clientTo(t *testing.T, endpoint string) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:   []string{endpoint},
+		DialTimeout: 5 * time.Second,
+		Logger:      zap.NewNop(),
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// put writes the one key that these tests use.
+func put(t *testing.T, client *clientv3.Client, value string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	_, err := client.Put(ctx, "key", value)
+	require.NoError(t, err)
+}
+
+// tryPut allows a write that should fail half a second.
+func tryPut(t *testing.T, client *clientv3.Client, value string) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	_, err := client.Put(ctx, "key", value)
+	return err
+}
+
+func get(t *testing.T, client *clientv3.Client) string {
+	t.Helper()
+	return read(t, client)
+}
+
+// getLocal reads what the client's one member knows, without asking its peers.
+func getLocal(t *testing.T, client *clientv3.Client) string {
+	t.Helper()
+	return read(t, client, clientv3.WithSerializable())
+}
+
+func read(t *testing.T, client *clientv3.Client, options ...clientv3.OpOption) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	response, err := client.Get(ctx, "key", options...)
+	require.NoError(t, err)
+	require.Len(t, response.Kvs, 1)
+	return string(response.Kvs[0].Value)
+}
+
+// requireNoLeader waits until the client's one member knows no leader.
+func requireNoLeader(t *testing.T, client *clientv3.Client) {
+	t.Helper()
+	require.Eventually(t, func() bool {
+		status, err := client.Status(t.Context(), client.Endpoints()[0])
+		return err == nil && status.Leader == 0
+	}, patience, 10*time.Millisecond)
+}
+
+// requireAgreement waits until all members have the value and follow one leader.
+func requireAgreement(t *testing.T, cluster *etcdtest.Cluster, value string) {
+	t.Helper()
+	leaders := make(map[uint64]bool)
+	for _, endpoint := range cluster.Endpoints() {
+		client := clientTo(t, endpoint)
+		require.Equal(t, value, get(t, client))
+		status, err := client.Status(t.Context(), endpoint)
+		require.NoError(t, err)
+		leaders[status.Leader] = true
+	}
+	require.Len(t, leaders, 1)
+	require.NotContains(t, leaders, uint64(0))
+}
+
+func indexes(count int) []int {
+	all := make([]int, count)
+	for i := range all {
+		all[i] = i
+	}
+	return all
+}
+
+func entries(t *testing.T, dir string) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "*"))
+	require.NoError(t, err)
+	_, err = os.Stat(dir)
+	require.NoError(t, err)
+	return names
+}

@@ -1,0 +1,100 @@
+package etcdtest_test
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+
+	"example.com/etcdutil/etcdtest"
+)
+
+func ExampleNew() {
+	cluster, err := etcdtest.New(3)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	client, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	if _, err := client.Put(context.Background(), "greeting", "hello"); err != nil {
+		log.Fatal(err)
+	}
+	response, err := client.Get(context.Background(), "greeting")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s from %d members\n", response.Kvs[0].Value, len(cluster.Endpoints()))
+	// Output: hello from 3 members
+}
+
+func ExampleCluster_Restart() {
+	cluster, err := etcdtest.New(1)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	client, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	if _, err := client.Put(context.Background(), "greeting", "hello"); err != nil {
+		log.Fatal(err)
+	}
+	if err := cluster.Stop(0); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("stopped: leader", cluster.Leader())
+	if err := cluster.Restart(0); err != nil {
+		log.Fatal(err)
+	}
+	response, err := client.Get(context.Background(), "greeting")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("restarted: leader %d, %s\n", cluster.Leader(), response.Kvs[0].Value)
+	// Output:
+	// stopped: leader -1
+	// restarted: leader 0, hello
+}
+
+func ExampleNewLink() {
+	cluster, err := etcdtest.New(1)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	link, err := etcdtest.NewLink(cluster.Endpoints()[0])
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer link.Close()
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}, Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	get := func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_, err := client.Get(ctx, "greeting")
+		return err
+	}
+	fmt.Println("at first:", get())
+	link.Cut()
+	time.AfterFunc(100*time.Millisecond, link.Heal)
+	fmt.Println("cut, then healed:", get())
+	// Output:
+	// at first: <nil>
+	// cut, then healed: <nil>
+}

@@ -1,0 +1,290 @@
+package etcdtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"go.etcd.io/etcd/client/pkg/v3/types"
+	"go.etcd.io/etcd/server/v3/embed"
+	"go.etcd.io/raft/v3"
+	"go.etcd.io/raft/v3/raftpb"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"google.golang.org/grpc"
+)
+
+const (
+	// portTimeout bounds how long a restart waits for its ports.
+	portTimeout = 5 * time.Second
+	// stepTimeout bounds how long etcd's raft may take to take a message.
+	stepTimeout = time.Second
+	// none is what etcd calls a leader that is not.
+	none = types.ID(raft.None)
+)
+
+// node is one member of a cluster.
+type node struct {
+	name           string
+	dir            string
+	initialCluster string
+	clientAddress  string
+	peerAddress    string // where etcd listens to its peers
+	linkAddress    string // where its peers find it; the same as peerAddress if there are none
+
+	mu       sync.Mutex // held for short
+	run      *run       // nil while stopped
+	isolated bool
+}
+
+// run is one run of a node's etcd, from start to stop.
+type run struct {
+	etcd   *embed.Etcd
+	server atomic.Pointer[grpc.Server] // etcd's, once it serves clients
+	link   *Link                       // through which the peers reach it; nil if there are none
+}
+
+// newNodes returns the nodes of a new cluster, to be started, with their data below dir.
+func newNodes(count int, dir string) ([]*node, error) {
+	addresses, err := freeAddresses(3 * count)
+	if err != nil {
+		return nil, err
+	}
+	nodes := make([]*node, count)
+	var initial []string
+	for i := range nodes {
+		n := &node{
+			name:          fmt.Sprintf("member%d", i),
+			clientAddress: addresses[3*i],
+			peerAddress:   addresses[3*i+1],
+			linkAddress:   addresses[3*i+2],
+		}
+		if count == 1 {
+			n.linkAddress = n.peerAddress
+		}
+		n.dir = filepath.Join(dir, n.name)
+		initial = append(initial, n.name+"=http://"+n.linkAddress)
+		nodes[i] = n
+	}
+	for _, n := range nodes {
+		n.initialCluster = strings.Join(initial, ",")
+	}
+	return nodes, nil
+}
+
+// freeAddresses returns loopback addresses that nobody listens on. All are held until the last is found, so that they
+// differ; another process may still take one before we do.
+func freeAddresses(count int) ([]string, error) {
+	addresses := make([]string, count)
+	for i := range addresses {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer listener.Close()
+		addresses[i] = listener.Addr().String()
+	}
+	return addresses, nil
+}
+
+// start starts etcd and the link in front of it. It does not wait until etcd serves.
+func (n *node) start() (err error) {
+	r := &run{}
+	if r.link, err = n.startPeerLink(); err != nil {
+		return err
+	}
+	if r.etcd, err = embed.StartEtcd(n.config(r)); err != nil {
+		r.closeLink()
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.run = r
+	if n.isolated {
+		r.cut()
+	}
+	return nil
+}
+
+// startPeerLink returns nil if there are no peers.
+func (n *node) startPeerLink() (*Link, error) {
+	if n.linkAddress == n.peerAddress {
+		return nil, nil
+	}
+	return newLink(n.linkAddress, n.peerAddress)
+}
+
+// restart starts a stopped node. Its ports were free to be taken meanwhile, most likely by a short-lived connection.
+func (n *node) restart() error {
+	deadline := time.Now().Add(portTimeout)
+	for {
+		err := n.start()
+		if !errors.Is(err, syscall.EADDRINUSE) || time.Now().After(deadline) {
+			return err
+		}
+		time.Sleep(pollInterval)
+	}
+}
+
+func (n *node) stop() {
+	n.mu.Lock()
+	r := n.run
+	n.run = nil
+	n.mu.Unlock()
+	if r != nil {
+		r.stop()
+	}
+}
+
+func (n *node) isolate() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.run != nil && !n.isolated {
+		n.run.cut()
+	}
+	n.isolated = true
+}
+
+func (n *node) rejoin() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.run != nil && n.isolated {
+		n.run.mend()
+	}
+	n.isolated = false
+}
+
+func (n *node) running() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.run != nil
+}
+
+// connected tells whether n runs and is not isolated.
+func (n *node) connected() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.run != nil && !n.isolated
+}
+
+// serving tells whether n answers clients.
+func (n *node) serving() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.run != nil && n.run.server.Load() != nil
+}
+
+// leader returns whom n follows, itself if it leads; none if nobody, or if n is not connected.
+func (n *node) leader() (leader types.ID, leads bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.run == nil || n.isolated {
+		return none, false
+	}
+	leader = n.run.etcd.Server.Leader()
+	return leader, leader == n.run.etcd.Server.MemberID()
+}
+
+// campaign has n stand for election at once, unless it knows a leader.
+func (n *node) campaign() {
+	if leader, _ := n.leader(); leader != none {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.run != nil {
+		n.run.step(raftpb.MsgTimeoutNow)
+	}
+}
+
+// config is etcd's own default configuration but for the addresses, the disk and the log. r learns of the gRPC server.
+func (n *node) config(r *run) *embed.Config {
+	config := embed.NewConfig()
+	config.Name = n.name
+	config.Dir = n.dir
+	config.UnsafeNoFsync = true
+	config.InitialCluster = n.initialCluster
+	config.ListenClientUrls = urls(n.clientAddress)
+	config.AdvertiseClientUrls = urls(n.clientAddress)
+	config.ListenPeerUrls = urls(n.peerAddress)
+	config.AdvertisePeerUrls = urls(n.linkAddress)
+	config.ServiceRegister = r.server.Store
+	config.ZapLoggerBuilder = embed.NewZapLoggerBuilder(lastWords())
+	return config
+}
+
+// lastWords is a logger for what etcd says before it panics, or exits, and takes the test's process with it.
+func lastWords() *zap.Logger {
+	encoder := zapcore.NewConsoleEncoder(zap.NewDevelopmentEncoderConfig())
+	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(os.Stderr), zap.PanicLevel))
+}
+
+func urls(address string) []url.URL {
+	return []url.URL{{Scheme: "http", Host: address}}
+}
+
+// cut takes r off the network of its peers. The link is a black hole for connections that the peers have dialled;
+// CutPeer drops the raft messages, of both ways, in those that r has dialled. That leaves two requests which r may make:
+// a leader sends a snapshot, unless the follower has been silent for an election timeout, and a follower passes lease
+// renewals on to its leader, unless it has none: so it forgets it.
+func (r *run) cut() {
+	r.link.Cut()
+	for _, peer := range r.peers() {
+		r.etcd.Server.CutPeer(peer)
+	}
+	r.step(raftpb.MsgForgetLeader)
+}
+
+// mend undoes cut. The connections that lost bytes are reset, and etcd dials them again.
+func (r *run) mend() {
+	for _, peer := range r.peers() {
+		r.etcd.Server.MendPeer(peer)
+	}
+	r.link.Heal()
+}
+
+func (r *run) peers() []types.ID {
+	var peers []types.ID
+	for _, m := range r.etcd.Server.Cluster().Members() {
+		if m.ID != r.etcd.Server.MemberID() {
+			peers = append(peers, m.ID)
+		}
+	}
+	return peers
+}
+
+// step gives r's raft a message from itself.
+func (r *run) step(kind raftpb.MessageType) {
+	ctx, cancel := context.WithTimeout(context.Background(), stepTimeout)
+	defer cancel()
+	id := uint64(r.etcd.Server.MemberID())
+	// An error means that etcd is stopping, or too busy; then nothing comes of it, as of any raft message.
+	_ = r.etcd.Server.Process(ctx, &raftpb.Message{Type: kind.Enum(), From: new(id), To: new(id)})
+}
+
+// stop stops etcd at once, where its Close alone waits 7 s for clients to end their watches, and for a leader to hand
+// over, and 1 s for peers to hang up.
+func (r *run) stop() {
+	r.closeLink()
+	if server := r.server.Load(); server != nil {
+		server.Stop()
+		server.GracefulStop() // waits for the handlers, which need etcd's backend
+	}
+	r.etcd.Server.HardStop()
+	r.etcd.Close()
+}
+
+func (r *run) closeLink() {
+	if r.link != nil {
+		_ = r.link.Close()
+	}
+}
