@@ -1,0 +1,272 @@
+package etcdutil
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/etcdutil/etcdtest"
+	"github.com/stretchr/testify/require"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/concurrency"
+)
+
+// Each benchmark runs etcdutil and client/v3/concurrency side by side, on the same server. Where the two take turns in
+// blocks, so that both see the same noise, it reports their medians of a block and the ratio of these as metrics of one
+// benchmark; else they are sub-benchmarks, to be compared by benchstat -col /lib.
+
+// A locker is one client's means to take a lock and give it back.
+type locker func(ctx context.Context) error
+
+type library struct {
+	name string
+	// onSession makes a locker whose lease lasts; alone makes one that has a lease for each lock.
+	onSession func(b *testing.B, client *clientv3.Client) func(name string) locker
+	alone     func(client *clientv3.Client, name string) locker
+}
+
+var libraries = []library{
+	{
+		name: "etcdutil",
+		onSession: func(b *testing.B, client *clientv3.Client) func(name string) locker {
+			lease, err := NewLease(context.Background(), client, time.Minute)
+			require.NoError(b, err)
+			b.Cleanup(func() { _ = lease.Close() })
+			return func(name string) locker {
+				return func(ctx context.Context) error {
+					lock, err := Acquire(ctx, client, name, WithLease(lease))
+					if err != nil {
+						return err
+					}
+					return lock.Close()
+				}
+			}
+		},
+		alone: func(client *clientv3.Client, name string) locker {
+			return func(ctx context.Context) error {
+				lock, err := Acquire(ctx, client, name, WithTTL(time.Minute))
+				if err != nil {
+					return err
+				}
+				return lock.Close()
+			}
+		},
+	},
+	{
+		name: "concurrency",
+		onSession: func(b *testing.B, client *clientv3.Client) func(name string) locker {
+			session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
+			require.NoError(b, err)
+			b.Cleanup(func() { _ = session.Close() })
+			return func(name string) locker { return mutexLocker(session, name) }
+		},
+		alone: func(client *clientv3.Client, name string) locker {
+			return func(ctx context.Context) error {
+				session, err := concurrency.NewSession(client, concurrency.WithTTL(60))
+				if err != nil {
+					return err
+				}
+				if err := mutexLocker(session, name)(ctx); err != nil {
+					return err
+				}
+				return session.Close()
+			}
+		},
+	},
+}
+
+func mutexLocker(session *concurrency.Session, name string) locker {
+	return func(ctx context.Context) error {
+		mutex := concurrency.NewMutex(session, name)
+		if err := mutex.Lock(ctx); err != nil {
+			return err
+		}
+		return mutex.Unlock(ctx)
+	}
+}
+
+// An op is one hand-over of a contended lock, held for no time.
+func BenchmarkHandOver(b *testing.B) {
+	cluster := etcdtest.Start(b, 1)
+	for _, clients := range []int{2, 8} {
+		for _, lib := range libraries {
+			b.Run(fmt.Sprintf("clients=%d/lib=%s", clients, lib.name), func(b *testing.B) {
+				name := fmt.Sprintf("%s-%d-%d", lib.name, clients, b.N)
+				lockers := make([]locker, clients)
+				for i := range lockers {
+					lockers[i] = lib.onSession(b, cluster.Client(b))(name)
+				}
+				b.ResetTimer()
+				shareOut(b, lockers, b.N)
+			})
+		}
+	}
+}
+
+// shareOut has the lockers take n turns between them, at once.
+func shareOut(b *testing.B, lockers []locker, n int) {
+	turns := make(chan struct{}, n)
+	for range n {
+		turns <- struct{}{}
+	}
+	close(turns)
+	var all sync.WaitGroup
+	for _, l := range lockers {
+		all.Go(func() {
+			for range turns {
+				if err := l(b.Context()); err != nil {
+					b.Error(err)
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+}
+
+// An op is one lock taken and given back on a lease that lasts.
+func BenchmarkUncontendedSharedLease(b *testing.B) {
+	client := etcdtest.Start(b, 1).Client(b)
+	takeTurns(b, 25, func(lib library) func(n int) {
+		return repeat(b, lib.onSession(b, client)(lib.name))
+	})
+}
+
+// An op is one lock taken and given back with a lease of its own, which is granted and revoked.
+func BenchmarkUncontendedOwnLease(b *testing.B) {
+	client := etcdtest.Start(b, 1).Client(b)
+	takeTurns(b, 25, func(lib library) func(n int) {
+		return repeat(b, lib.alone(client, lib.name))
+	})
+}
+
+// An op is one uncontended lock taken and given back, on 64 goroutines that share a client and a lease.
+func BenchmarkParallel(b *testing.B) {
+	client := etcdtest.Start(b, 1).Client(b)
+	takeTurns(b, 1280, func(lib library) func(n int) {
+		named := lib.onSession(b, client)
+		lockers := make([]locker, 64)
+		for i := range lockers {
+			lockers[i] = named(fmt.Sprintf("%s-%d", lib.name, i))
+		}
+		return func(n int) { shareOut(b, lockers, n) }
+	})
+}
+
+func repeat(b *testing.B, l locker) func(n int) {
+	return func(n int) {
+		for range n {
+			require.NoError(b, l(b.Context()))
+		}
+	}
+}
+
+// takeTurns runs the two libraries in turn in blocks of n ops, and reports the medians over the blocks and their ratio.
+func takeTurns(b *testing.B, n int, run func(lib library) func(n int)) {
+	runs := make([]func(n int), len(libraries))
+	for i, lib := range libraries {
+		runs[i] = run(lib)
+	}
+	times := make([][]time.Duration, len(libraries))
+	b.ResetTimer()
+	for done := 0; done < b.N; done += n {
+		for i := range libraries {
+			start := time.Now()
+			runs[i](n)
+			times[i] = append(times[i], time.Since(start)/time.Duration(n))
+		}
+	}
+	b.ReportMetric(0, "ns/op") // both libraries' together, which says nothing
+	for i, lib := range libraries {
+		b.ReportMetric(float64(median(times[i]).Microseconds()), lib.name+"-µs/op")
+	}
+	b.ReportMetric(float64(median(times[0]))/float64(median(times[1])), "ratio")
+}
+
+func median(times []time.Duration) time.Duration {
+	slices.Sort(times)
+	return times[len(times)/2]
+}
+
+// What a held lock on a shared lease costs, once its watch stands: heap and goroutines.
+func BenchmarkHeldLock(b *testing.B) {
+	const locks = 1000
+	client := etcdtest.Start(b, 1).Client(b)
+	lease, err := NewLease(b.Context(), client, time.Minute)
+	require.NoError(b, err)
+	held := make([]*Lock, locks)
+	reportCost(b, locks, func() {
+		for i := range held {
+			held[i], err = Acquire(b.Context(), client, fmt.Sprint("held-", i), WithLease(lease))
+			require.NoError(b, err)
+		}
+		time.Sleep(time.Second) // for the watches
+	})
+	for _, l := range held {
+		require.NoError(b, l.Close())
+	}
+	require.NoError(b, lease.Close())
+}
+
+// What a lease that is kept alive costs, with 1,000 of them on one client.
+func BenchmarkKeptLease(b *testing.B) {
+	const leases = 1000
+	cluster := etcdtest.Start(b, 1)
+	b.Run("lib=etcdutil", func(b *testing.B) {
+		client := cluster.Client(b)
+		kept := make([]*Lease, leases)
+		reportCost(b, leases, func() {
+			var err error
+			for i := range kept {
+				kept[i], err = NewLease(b.Context(), client, 10*time.Second, WithKeepAliveInterval(time.Second))
+				require.NoError(b, err)
+			}
+			time.Sleep(2 * time.Second) // for a renewal of each
+		})
+		for _, l := range kept {
+			require.NoError(b, l.Close())
+		}
+	})
+	b.Run("lib=clientv3", func(b *testing.B) {
+		client := cluster.Client(b)
+		kept := make([]<-chan *clientv3.LeaseKeepAliveResponse, leases)
+		ctx, cancel := context.WithCancel(b.Context())
+		defer cancel()
+		reportCost(b, leases, func() {
+			for i := range kept {
+				lease, err := client.Grant(ctx, 10)
+				require.NoError(b, err)
+				kept[i], err = client.KeepAlive(ctx, lease.ID)
+				require.NoError(b, err)
+			}
+			for _, answers := range kept {
+				<-answers
+			}
+		})
+		runtime.KeepAlive(kept)
+	})
+}
+
+// reportCost reports what each of n resources that hold makes costs the process: heap, stacks and goroutines. The
+// in-process server's part is included.
+func reportCost(b *testing.B, n int, hold func()) {
+	before, goroutines := inUse()
+	hold()
+	after, goroutinesAfter := inUse()
+	each := func(before, after uint64) float64 { return (float64(after) - float64(before)) / float64(n) }
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(each(before.HeapAlloc, after.HeapAlloc), "heap-B/each")
+	b.ReportMetric(each(before.StackInuse, after.StackInuse), "stack-B/each")
+	b.ReportMetric(float64(goroutinesAfter-goroutines)/float64(n), "goroutines/each")
+}
+
+func inUse() (m runtime.MemStats, goroutines int) {
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	return m, runtime.NumGoroutine()
+}

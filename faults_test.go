@@ -1,0 +1,197 @@
+package etcdutil
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"example.com/etcdutil/etcdtest"
+	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+)
+
+// A door passes connections on to an endpoint, or refuses them: etcdtest.Link can do everything but that. While it refuses,
+// nothing holds its port, so the port is none that the system gives to outgoing connections or to those who ask for any.
+type door struct {
+	t        *testing.T
+	addr, to string
+	listener net.Listener
+	mu       sync.Mutex
+	conns    []net.Conn
+}
+
+func openDoor(t *testing.T, to string) *door {
+	d := &door{t: t, to: to}
+	eventually(t, func() bool {
+		d.addr = fmt.Sprintf("127.0.0.1:%d", 20_000+rand.N(10_000))
+		return d.listen() == nil
+	}, "a free port")
+	t.Cleanup(d.shut)
+	return d
+}
+
+func (d *door) open() { require.NoError(d.t, d.listen()) }
+
+func (d *door) listen() error {
+	listener, err := net.Listen("tcp", d.addr)
+	if err != nil {
+		return err
+	}
+	d.listener = listener
+	go func() { // until shut
+		for {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			to, err := net.Dial("tcp", d.to)
+			if err != nil {
+				_ = from.Close()
+				continue
+			}
+			d.mu.Lock()
+			d.conns = append(d.conns, from, to)
+			d.mu.Unlock()
+			go func() { _, _ = io.Copy(to, from) }()
+			go func() { _, _ = io.Copy(from, to) }()
+		}
+	}()
+	return nil
+}
+
+func (d *door) connected() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.conns) > 0
+}
+
+func (d *door) shut() {
+	_ = d.listener.Close()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.conns {
+		_ = c.Close()
+	}
+	d.conns = nil
+}
+
+// twoWays is a client with two connections: what it opens first goes over the link, and after second has been called what
+// it opens next goes over either.
+func twoWays(t *testing.T) (client *clientv3.Client, link *etcdtest.Link, second func()) {
+	t.Helper()
+	link = etcdtest.StartLink(t, testCluster.Endpoints()[0])
+	d := openDoor(t, testCluster.Endpoints()[0])
+	d.shut()
+	client = newClient(t, link.Endpoint(), d.addr)
+	return client, link, func() {
+		d.open()
+		eventually(t, func() bool { client.ActiveConnection().ResetConnectBackoff(); return d.connected() }, "the second connection")
+	}
+}
+
+// countingClient counts what its client sends.
+func countingClient(t *testing.T) (*clientv3.Client, *atomic.Int64) {
+	t.Helper()
+	var requests atomic.Int64
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		requests.Add(1)
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	return client, &requests
+}
+
+// interceptedClient is a real client of testCluster, with a fault between it and its connection.
+func interceptedClient(t *testing.T, fault grpc.UnaryClientInterceptor) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: testCluster.Endpoints(), Logger: zap.NewNop(), DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(fault)},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+// leaseServer is a lease server on a connection in memory, for fake time. What leases mean is not for it to say: the
+// tests on real etcd do.
+type leaseServer struct {
+	etcdserverpb.UnimplementedLeaseServer
+	ttl     int64
+	delay   time.Duration
+	mu      sync.Mutex
+	silent  atomic.Bool
+	streams atomic.Int64
+}
+
+func (s *leaseServer) setDelay(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.delay = d
+}
+
+func (s *leaseServer) wait() {
+	s.mu.Lock()
+	d := s.delay
+	s.mu.Unlock()
+	time.Sleep(d)
+}
+
+// start returns a client of the server. Both end with the test's bubble.
+func (s *leaseServer) start(t *testing.T) *clientv3.Client {
+	t.Helper()
+	listener := bufconn.Listen(1 << 16)
+	server := grpc.NewServer()
+	etcdserverpb.RegisterLeaseServer(server, s)
+	go func() { _ = server.Serve(listener) }()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{"passthrough:///memory"},
+		Logger:    zap.NewNop(),
+		DialOptions: []grpc.DialOption{
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
+		},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		_ = client.Close()
+		server.Stop()
+	})
+	return client
+}
+
+func (s *leaseServer) LeaseGrant(_ context.Context, r *etcdserverpb.LeaseGrantRequest) (*etcdserverpb.LeaseGrantResponse, error) {
+	s.wait()
+	return &etcdserverpb.LeaseGrantResponse{ID: r.ID, TTL: s.ttl}, nil
+}
+
+func (s *leaseServer) LeaseRevoke(context.Context, *etcdserverpb.LeaseRevokeRequest) (*etcdserverpb.LeaseRevokeResponse, error) {
+	return &etcdserverpb.LeaseRevokeResponse{}, nil
+}
+
+func (s *leaseServer) LeaseKeepAlive(stream etcdserverpb.Lease_LeaseKeepAliveServer) error {
+	s.streams.Add(1)
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		s.wait()
+		if s.silent.Load() {
+			<-stream.Context().Done()
+			return nil
+		}
+		if err := stream.Send(&etcdserverpb.LeaseKeepAliveResponse{ID: r.ID, TTL: s.ttl}); err != nil {
+			return err
+		}
+	}
+}

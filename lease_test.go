@@ -1,0 +1,561 @@
+package etcdutil
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"example.com/etcdutil/etcdtest"
+	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+)
+
+func TestLeaseIsRenewedUntilClosedAndThenItsKeysAreGone(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, 2*time.Second)
+	key := nameOf(t)
+	_, err := client.Put(t.Context(), key, "", clientv3.WithLease(lease.ID()))
+	require.NoError(t, err)
+
+	first := lease.Expiry()
+	require.Equal(t, 2*time.Second, lease.TTL())
+	require.WithinDuration(t, time.Now().Add(1800*time.Millisecond), first, 500*time.Millisecond)
+	eventually(t, func() bool { return lease.Expiry().After(first.Add(2 * lease.TTL())) }, "expiry moves")
+	require.NoError(t, lease.Err())
+	alive, err := lease.Alive(t.Context())
+	require.NoError(t, err)
+	require.True(t, alive)
+	_, hasDeadline := lease.Deadline()
+	require.False(t, hasDeadline, "expiry moves, a Deadline must not")
+
+	require.NoError(t, lease.Close())
+	require.ErrorIs(t, context.Cause(lease), ErrClosed)
+	resp, err := client.Get(t.Context(), key)
+	require.NoError(t, err)
+	require.Empty(t, resp.Kvs)
+	alive, err = lease.Alive(t.Context())
+	require.NoError(t, err)
+	require.False(t, alive)
+}
+
+func TestLeaseTTLIsRoundedUpToSeconds(t *testing.T) {
+	require.Equal(t, 3*time.Second, mustLease(t, testCluster.Client(t), 2001*time.Millisecond).TTL())
+}
+
+func TestServerMayGrantMoreThanAsked(t *testing.T) {
+	lease := mustLease(t, testCluster.Client(t), time.Millisecond)
+	require.Equal(t, 2*time.Second, lease.TTL(), "etcd's minimum")
+}
+
+func TestEachEndOfALeaseHasItsOwnCause(t *testing.T) {
+	client := testCluster.Client(t)
+	parentEnded := errors.New("parent's own cause")
+	all := []error{ErrClosed, ErrLeaseExpired, ErrLeaseRevoked, ErrLockLost, parentEnded}
+	for name, end := range map[string]struct {
+		cause error
+		by    func(t *testing.T, parent context.CancelCauseFunc, lease *Lease)
+		opts  []LeaseOption
+		close error // what Close returns afterwards
+	}{
+		"closed": {ErrClosed, func(t *testing.T, _ context.CancelCauseFunc, lease *Lease) {
+			require.NoError(t, lease.Close())
+		}, nil, nil},
+		"parent ended": {parentEnded, func(_ *testing.T, parent context.CancelCauseFunc, _ *Lease) {
+			parent(parentEnded)
+		}, nil, nil},
+		"revoked": {ErrLeaseRevoked, func(t *testing.T, _ context.CancelCauseFunc, lease *Lease) {
+			_, err := client.Revoke(t.Context(), lease.ID())
+			require.NoError(t, err)
+		}, nil, ErrLeaseRevoked},
+		"renewals used up": {ErrLeaseExpired, func(*testing.T, context.CancelCauseFunc, *Lease) {},
+			[]LeaseOption{WithMaxKeepAlives(1)}, ErrLeaseExpired},
+		"never renewed": {ErrLeaseExpired, func(*testing.T, context.CancelCauseFunc, *Lease) {},
+			[]LeaseOption{WithMaxKeepAlives(0)}, ErrLeaseExpired},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			parent, cancel := context.WithCancelCause(context.Background())
+			defer cancel(nil)
+			lease, err := NewLease(parent, client, 2*time.Second, end.opts...)
+			require.NoError(t, err)
+			end.by(t, cancel, lease)
+			within(t, 4*time.Second, lease.Done(), "the lease's context ends")
+			for _, sentinel := range all {
+				require.Equal(t, sentinel == end.cause, errors.Is(context.Cause(lease), sentinel), sentinel)
+			}
+			require.ErrorIs(t, lease.Err(), context.Canceled)
+			require.ErrorIs(t, lease.Close(), end.close)
+			require.ErrorIs(t, lease.Close(), end.close, "a second Close says the same")
+		})
+	}
+}
+
+func TestRenewalsAreCountedFromOneToTheLast(t *testing.T) {
+	t.Parallel()
+	lease := mustLease(t, testCluster.Client(t), 2*time.Second, WithMaxKeepAlives(2), WithKeepAliveInterval(100*time.Millisecond))
+	first := lease.Expiry()
+	within(t, 5*time.Second, lease.Done(), "the lease runs out")
+	require.ErrorIs(t, context.Cause(lease), ErrLeaseExpired)
+	gained := lease.Expiry().Sub(first)
+	require.Greater(t, gained, 190*time.Millisecond, "two renewals, 100 ms apart")
+	require.Less(t, gained, time.Second)
+}
+
+func TestLeaseOptionsOutOfBoundsAreRefusedByName(t *testing.T) {
+	client, requests := countingClient(t)
+	for name, c := range map[string]struct {
+		ttl  time.Duration
+		opts []LeaseOption
+		says string
+	}{
+		"no TTL":            {0, nil, "ttl"},
+		"negative TTL":      {-time.Second, nil, "ttl"},
+		"TTL too long":      {maxLeaseTTL + 1, nil, "ttl"},
+		"interval is TTL":   {2 * time.Second, []LeaseOption{WithKeepAliveInterval(2 * time.Second)}, "WithKeepAliveInterval"},
+		"no interval":       {2 * time.Second, []LeaseOption{WithKeepAliveInterval(0)}, "WithKeepAliveInterval"},
+		"margin is TTL":     {2 * time.Second, []LeaseOption{WithExpiryMargin(2 * time.Second)}, "WithExpiryMargin"},
+		"negative margin":   {2 * time.Second, []LeaseOption{WithExpiryMargin(-1)}, "WithExpiryMargin"},
+		"negative renewals": {2 * time.Second, []LeaseOption{WithMaxKeepAlives(-1)}, "WithMaxKeepAlives"},
+		"bad policy":        {2 * time.Second, []LeaseOption{WithRetryPolicy(RetryPolicy{Attempts: -1})}, "Attempts"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := NewLease(t.Context(), client, c.ttl, c.opts...)
+			require.ErrorContains(t, err, c.says)
+		})
+	}
+	require.Zero(t, requests.Load(), "nothing was sent")
+}
+
+func TestClientWithoutConnectionIsRefused(t *testing.T) {
+	client := clientv3.NewCtxClient(t.Context())
+	_, err := NewLease(t.Context(), client, time.Second)
+	require.ErrorContains(t, err, "NewCtxClient")
+	_, err = Acquire(t.Context(), client, "a")
+	require.ErrorContains(t, err, "NewCtxClient")
+	_, err = TryAcquire(t.Context(), client, "a")
+	require.ErrorContains(t, err, "NewCtxClient")
+}
+
+func TestNilArgumentsPanic(t *testing.T) {
+	client := testCluster.Client(t)
+	//lint:ignore SA1012 that is the point
+	require.Panics(t, func() { _, _ = NewLease(nil, client, time.Second) })
+	require.Panics(t, func() { _, _ = NewLease(t.Context(), nil, time.Second) })
+	require.Panics(t, func() { _, _ = Acquire(t.Context(), nil, "a") })
+	require.Panics(t, func() { _, _ = TryAcquire(t.Context(), nil, "a") })
+	require.Panics(t, func() { _ = Do(t.Context(), client, "a", nil) })
+}
+
+func TestLostReplyToAGrantLeavesOneLease(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	direct := cluster.Client(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, link.Endpoint())
+	_, err := client.Get(t.Context(), "connect")
+	require.NoError(t, err)
+
+	link.DropReplies()
+	granting := start(func() (*Lease, error) { return NewLease(context.Background(), client, 10*time.Second) })
+	eventually(t, func() bool { return len(leases(t, direct)) == 1 }, "the server has granted it")
+	link.Heal()
+	within(t, 10*time.Second, granting.done, "NewLease returns")
+	require.NoError(t, granting.err)
+	require.Equal(t, []clientv3.LeaseStatus{{ID: granting.v.ID()}}, leases(t, direct))
+	require.NoError(t, granting.v.Close())
+	require.Empty(t, leases(t, direct))
+}
+
+func TestGrantThatIsGivenUpIsRevokedBehindTheCaller(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	direct := cluster.Client(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, link.Endpoint())
+	_, err := client.Get(t.Context(), "connect")
+	require.NoError(t, err)
+
+	link.DropReplies()
+	ctx, cancel := context.WithCancel(context.Background())
+	granting := start(func() (*Lease, error) { return NewLease(ctx, client, time.Hour) })
+	eventually(t, func() bool { return len(leases(t, direct)) == 1 }, "the server has granted it")
+	cancel()
+	within(t, 100*time.Millisecond, granting.done, "NewLease returns")
+	require.ErrorIs(t, granting.err, context.Canceled)
+	eventually(t, func() bool { return len(leases(t, direct)) == 0 }, "it is revoked")
+}
+
+// A lease's context must end before the server can give its keys away, whenever in the cycle of renewals the fault comes.
+func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
+	direct := testCluster.Client(t)
+	const phases = 8
+	for _, ttl := range []time.Duration{2 * time.Second, 3 * time.Second, 5 * time.Second} {
+		for phase := range phases {
+			t.Run(fmt.Sprintf("TTL %v, phase %d of %d", ttl, phase, phases), func(t *testing.T) {
+				t.Parallel()
+				client, link := linkedClient(t)
+				holder := mustAcquire(t, client, nameOf(t), WithTTL(ttl))
+				next := start(func() (*Lock, error) { return Acquire(context.Background(), direct, nameOf(t), WithTTL(ttl)) })
+				waiters(t, direct, nameOf(t), 2)
+				// The phase is counted from the grant; half of the phases are in the first cycle, half in the second.
+				time.Sleep(2 * ttl / 3 * time.Duration(phase) / phases)
+				require.NoError(t, holder.Err())
+				link.Cut()
+
+				within(t, ttl, holder.Done(), "the holder is told within its TTL")
+				require.ErrorIs(t, context.Cause(holder), ErrLockLost)
+				require.ErrorIs(t, context.Cause(holder), ErrLeaseExpired)
+				select {
+				case <-next.done:
+					require.Fail(t, "another held the lock before the holder was told")
+				default:
+				}
+				within(t, ttl+5*time.Second, next.done, "the next one holds")
+				require.NoError(t, next.err)
+				require.Greater(t, next.v.Token(), holder.Token())
+				require.NoError(t, next.v.Close())
+				require.ErrorIs(t, holder.Close(), ErrLockLost)
+			})
+		}
+	}
+}
+
+func TestHolderCutOffRightAfterTheGrantIsToldWithinItsTTLOfTheCall(t *testing.T) {
+	t.Parallel()
+	link := etcdtest.StartLink(t, testCluster.Endpoints()[0])
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{link.Endpoint()}, DialTimeout: 10 * time.Second, Logger: zap.NewNop(),
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	called := time.Now()
+	lease, err := NewLease(context.Background(), client, 2*time.Second)
+	require.NoError(t, err)
+	link.Cut()
+	within(t, time.Until(called.Add(2*time.Second)), lease.Done(), "told")
+	require.ErrorIs(t, context.Cause(lease), ErrLeaseExpired)
+	require.ErrorIs(t, lease.Close(), ErrLeaseExpired)
+}
+
+func TestFaultsShorterThanTheTTLEndNothing(t *testing.T) {
+	const ttl = 3 * time.Second
+	// From the last renewal until the context ends there are TTL - margin = 2.7 s; a fault of 1.5 s leaves time to spare
+	// even if it begins just before a renewal.
+	faults := map[string]func(*etcdtest.Link){
+		"cut":             func(l *etcdtest.Link) { l.Cut() },
+		"replies dropped": func(l *etcdtest.Link) { l.DropReplies() },
+		"delayed":         func(l *etcdtest.Link) { l.Delay(100 * time.Millisecond) },
+		"reset":           func(l *etcdtest.Link) { l.Reset() },
+	}
+	for name, fault := range faults {
+		for phase := range 4 {
+			t.Run(fmt.Sprintf("%s, phase %d", name, phase), func(t *testing.T) {
+				t.Parallel()
+				client, link := linkedClient(t)
+				lock := mustAcquire(t, client, nameOf(t), WithTTL(ttl))
+				time.Sleep(ttl / 3 * time.Duration(phase) / 4)
+				for range 2 {
+					fault(link)
+					time.Sleep(1500 * time.Millisecond)
+					link.Heal()
+					healed := time.Now()
+					eventually(t, func() bool { return lock.Err() != nil || lock.Lease().Expiry().After(healed.Add(ttl-ttl/10)) },
+						"a renewal that was sent after the fault")
+				}
+				require.NoError(t, lock.Err(), context.Cause(lock))
+				require.NoError(t, lock.Close())
+			})
+		}
+	}
+}
+
+func TestLeaseOutlivesAnEtcdThatRefusesConnectionsForMostOfItsTime(t *testing.T) {
+	for _, ttl := range []time.Duration{2 * time.Second, 8 * time.Second} {
+		t.Run(ttl.String(), func(t *testing.T) {
+			t.Parallel()
+			door := openDoor(t, testCluster.Endpoints()[0])
+			lease := mustLease(t, newClient(t, door.addr), ttl)
+			for range 2 {
+				// Just after a renewal, so that the whole of TTL - margin is left.
+				before := lease.Expiry()
+				eventually(t, func() bool { return lease.Expiry().After(before) }, "a renewal")
+				door.shut()
+				time.Sleep(time.Until(lease.Expiry()) * 8 / 10)
+				door.open()
+				shut := lease.Expiry()
+				eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(shut) }, "renewed")
+				require.NoError(t, lease.Err(), context.Cause(lease))
+			}
+		})
+	}
+}
+
+func TestLeaseSurvivesARestartOfEtcd(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	lock := mustAcquire(t, cluster.Client(t), nameOf(t), WithTTL(8*time.Second))
+	require.NoError(t, cluster.Stop(0))
+	require.NoError(t, cluster.Restart(0))
+	restarted := time.Now()
+	eventually(t, func() bool { return lock.Err() != nil || lock.Lease().Expiry().After(restarted.Add(7*time.Second)) }, "renewed")
+	require.NoError(t, lock.Err(), context.Cause(lock))
+	alive, err := lock.Alive(t.Context())
+	require.NoError(t, err)
+	require.True(t, alive)
+	require.NoError(t, lock.Close())
+}
+
+func TestLeaseMovesToAnotherMemberWhenItsOwnIsCutOffFromTheQuorum(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	client := cluster.Client(t)
+	// Some renewals go to each member: whichever is isolated, it is one of theirs.
+	held := make([]*Lease, 3)
+	for i := range held {
+		held[i] = mustLease(t, client, 6*time.Second)
+	}
+	leader := cluster.Leader()
+	require.NoError(t, cluster.Isolate(leader))
+	isolated := time.Now()
+	for _, lease := range held {
+		eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(isolated.Add(6*time.Second)) }, "renewed by another")
+		require.NoError(t, lease.Err(), context.Cause(lease))
+	}
+	require.NoError(t, cluster.Rejoin(leader))
+}
+
+func TestStreamToAMemberThatIsStuckIsReopenedToAnother(t *testing.T) {
+	t.Parallel()
+	client, link, second := twoWays(t)
+	lease := mustLease(t, client, 6*time.Second)
+	first := lease.Expiry()
+	eventually(t, func() bool { return lease.Expiry().After(first) }, "renewed over the link")
+	second()
+	link.Cut() // and nobody closes the connection
+	stuck := time.Now()
+	eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(stuck.Add(6*time.Second)) }, "renewed over the other")
+	require.NoError(t, lease.Err(), context.Cause(lease))
+	link.Heal()
+}
+
+func TestThreeThousandLeasesOfOneClientSurviveFourResets(t *testing.T) {
+	const n, ttl = 3000, 6 * time.Second
+	client, link := linkedClient(t)
+	held := make([]*Lease, n)
+	var granting sync.WaitGroup
+	for worker := range 16 {
+		granting.Go(func() {
+			for i := worker; i < n; i += 16 {
+				lease, err := NewLease(context.Background(), client, ttl)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				held[i] = lease
+			}
+		})
+	}
+	granting.Wait()
+	if t.Failed() {
+		return
+	}
+	for range 4 {
+		link.Reset()
+		reset := time.Now()
+		eventually(t, func() bool {
+			for _, lease := range held {
+				if lease.Err() == nil && lease.Expiry().Before(reset.Add(ttl-ttl/10)) {
+					return false
+				}
+			}
+			return true
+		}, "every lease is lost, or renewed after the reset")
+	}
+	for _, lease := range held {
+		require.NoError(t, lease.Err(), context.Cause(lease))
+	}
+	var closing sync.WaitGroup
+	for worker := range 16 {
+		closing.Go(func() {
+			for i := worker; i < n; i += 16 {
+				if err := held[i].Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	closing.Wait()
+	require.Empty(t, keepAlivesOf(client), "the last lease to leave ends the stream")
+}
+
+func keepAlivesOf(client *clientv3.Client) []*keepAlive {
+	keepAlives.Lock()
+	defer keepAlives.Unlock()
+	if k := keepAlives.of[client]; k != nil {
+		return []*keepAlive{k}
+	}
+	return nil
+}
+
+func TestLeaseThatMayNotBeRenewedDoesNotStarveTheOthers(t *testing.T) {
+	t.Parallel()
+	const ttl = 6 * time.Second // time for a few tokens, each of which takes most of a second under -race
+	cluster := etcdtest.Start(t, 1)
+	client := secured(t, cluster)
+	good := make([]*Lease, 20)
+	for i := range good {
+		good[i] = mustLease(t, client, ttl)
+		_, err := client.Put(t.Context(), fmt.Sprint("mine/", i), "", clientv3.WithLease(good[i].ID()))
+		require.NoError(t, err)
+	}
+	bad := mustLease(t, client, ttl)
+	_, err := authenticated(t, cluster, "root").Put(t.Context(), "forbidden", "", clientv3.WithLease(bad.ID()))
+	require.NoError(t, err)
+
+	within(t, 2*ttl, bad.Done(), "the one runs out")
+	require.ErrorIs(t, context.Cause(bad), ErrLeaseExpired)
+	require.ErrorIs(t, context.Cause(bad), rpctypes.ErrPermissionDenied)
+	ranOut := time.Now()
+	for _, lease := range good {
+		eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(ranOut.Add(ttl-ttl/10)) }, "renewed")
+		require.NoError(t, lease.Err(), context.Cause(lease))
+	}
+}
+
+// secured turns on auth and returns a client that may only touch keys below mine/.
+func secured(t *testing.T, cluster *etcdtest.Cluster) *clientv3.Client {
+	t.Helper()
+	admin := cluster.Client(t)
+	ctx := t.Context()
+	for _, user := range []string{"root", "user"} {
+		_, err := admin.UserAdd(ctx, user, "secret")
+		require.NoError(t, err)
+		_, err = admin.RoleAdd(ctx, user)
+		require.NoError(t, err)
+		_, err = admin.UserGrantRole(ctx, user, user)
+		require.NoError(t, err)
+	}
+	_, err := admin.RoleGrantPermission(ctx, "user", "mine/", clientv3.GetPrefixRangeEnd("mine/"), clientv3.PermissionType(clientv3.PermReadWrite))
+	require.NoError(t, err)
+	_, err = admin.AuthEnable(ctx)
+	require.NoError(t, err)
+	return authenticated(t, cluster, "user")
+}
+
+func authenticated(t *testing.T, cluster *etcdtest.Cluster, user string) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: cluster.Endpoints(), Username: user, Password: "secret", Logger: zap.NewNop(), DialTimeout: 5 * time.Second,
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+func TestCloseOfALeaseHasOneResultAndIsBoundedWhileEtcdIsGone(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	lease := mustLease(t, client, 2*time.Second)
+	link.Cut()
+	closing := make([]*async[struct{}], 10)
+	for i := range closing {
+		closing[i] = start(func() (struct{}, error) { return struct{}{}, lease.Close() })
+	}
+	for _, c := range closing {
+		within(t, 2*time.Second, c.done, "Close returns within what the lease has left")
+		require.ErrorIs(t, c.err, ErrUnknownOutcome)
+		require.Equal(t, closing[0].err, c.err)
+	}
+	require.ErrorIs(t, context.Cause(lease), ErrClosed)
+	require.Equal(t, closing[0].err, lease.Close())
+	direct := testCluster.Client(t)
+	eventually(t, func() bool { return !knows(t, direct, lease.ID()) }, "it is renewed no longer, so it runs out")
+}
+
+func TestLeaseOfAClosedClientRunsOutQuietly(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, testCluster.Endpoints()...)
+	lease, err := NewLease(context.Background(), client, 2*time.Second)
+	require.NoError(t, err)
+	require.NoError(t, client.Close())
+	within(t, 2*time.Second, lease.Done(), "it runs out")
+	require.ErrorIs(t, context.Cause(lease), ErrLeaseExpired)
+	_, err = NewLease(context.Background(), client, 2*time.Second)
+	require.Error(t, err, "at once, and not when the retries are used up")
+}
+
+func TestParentsEndStopsRenewalAndReleasesNothing(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	parent, cancel := context.WithCancel(context.Background())
+	lease, err := NewLease(parent, client, 2*time.Second, WithKeepAliveInterval(50*time.Millisecond))
+	require.NoError(t, err)
+	first := lease.Expiry()
+	eventually(t, func() bool { return lease.Expiry().After(first) }, "renewed")
+	cancel()
+	<-lease.Done()
+	require.True(t, knows(t, client, lease.ID()))
+	last := lease.Expiry()
+	eventually(t, func() bool { return !knows(t, client, lease.ID()) }, "it runs out")
+	require.Less(t, lease.Expiry().Sub(last), 200*time.Millisecond, "but for one that was under way it was renewed no more")
+	require.ErrorIs(t, context.Cause(lease), context.Canceled)
+	require.ErrorIs(t, lease.Close(), ErrLeaseExpired, "by now it is lost")
+}
+
+// The rest of the clock is exact, which only fake time can show.
+func TestLeaseEndsOneMarginBeforeTheTTLOfTheLastAnsweredRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := &leaseServer{ttl: 10, delay: 300 * time.Millisecond}
+		client := server.start(t)
+		began := time.Now()
+		lease, err := NewLease(context.Background(), client, 10*time.Second)
+		require.NoError(t, err)
+		require.Equal(t, began.Add(9*time.Second), lease.Expiry(), "from before the request was sent")
+		require.Equal(t, began.Add(300*time.Millisecond), time.Now())
+
+		time.Sleep(time.Until(began.Add(3*time.Second + 640*time.Millisecond)))
+		synctest.Wait()
+		require.Equal(t, began.Add(10*time.Second/3+9*time.Second), lease.Expiry(), "renewed at a third, answered 300 ms later")
+
+		server.silent.Store(true)
+		<-lease.Done()
+		require.Equal(t, began.Add(10*time.Second/3+9*time.Second), time.Now())
+		require.ErrorIs(t, context.Cause(lease), ErrLeaseExpired)
+	})
+}
+
+func TestAnswerThatComesTooLateExtendsNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := &leaseServer{ttl: 10}
+		client := server.start(t)
+		began := time.Now()
+		lease, err := NewLease(context.Background(), client, 10*time.Second, WithExpiryMargin(5*time.Second), WithKeepAliveInterval(4*time.Second))
+		require.NoError(t, err)
+		server.setDelay(2 * time.Second) // sent at 4 s, answered at 6 s, over at 5 s
+		<-lease.Done()
+		require.Equal(t, began.Add(5*time.Second), time.Now())
+		time.Sleep(3 * time.Second)
+		require.ErrorIs(t, context.Cause(lease), ErrLeaseExpired)
+	})
+}
+
+func TestKeptLeasesCostNoRequestBeforeTheFirstRenewalIsDue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := &leaseServer{ttl: 10}
+		client := server.start(t)
+		lease, err := NewLease(context.Background(), client, 10*time.Second)
+		require.NoError(t, err)
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		require.Zero(t, server.streams.Load())
+		time.Sleep(time.Second)
+		synctest.Wait()
+		require.EqualValues(t, 1, server.streams.Load())
+		require.NoError(t, lease.Close())
+	})
+}

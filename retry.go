@@ -1,0 +1,289 @@
+package etcdutil
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// RetryPolicy says how often and for how long to retry. The zero value means the defaults.
+type RetryPolicy struct {
+	// Initial and Max are the first and the longest delay; 0 means 25 ms and 2 s. The delay is doubled each time,
+	// and what is slept is a random part of it (full jitter).
+	Initial, Max time.Duration
+	// Attempts is how often the operation is tried at most; 0 means no limit.
+	Attempts int
+	// Elapsed is when to give up, counted from the call; 0 means 30 s, negative means not before ctx ends.
+	Elapsed time.Duration
+	// AttemptTimeout bounds one attempt; 0 means 5 s.
+	AttemptTimeout time.Duration
+	// DefiniteOnly says not to retry what may have been applied ([IsAmbiguous]).
+	DefiniteOnly bool
+}
+
+const (
+	defaultInitial        = 25 * time.Millisecond
+	defaultMax            = 2 * time.Second
+	defaultElapsed        = 30 * time.Second
+	defaultAttemptTimeout = 5 * time.Second
+)
+
+func (p RetryPolicy) validate() error {
+	switch {
+	case p.Initial < 0:
+		return fmt.Errorf("etcdutil: RetryPolicy.Initial is negative: %v", p.Initial)
+	case p.Max < 0:
+		return fmt.Errorf("etcdutil: RetryPolicy.Max is negative: %v", p.Max)
+	case p.Max > 0 && p.Max < p.Initial:
+		return fmt.Errorf("etcdutil: RetryPolicy.Max %v is below Initial %v", p.Max, p.Initial)
+	case p.Attempts < 0:
+		return fmt.Errorf("etcdutil: RetryPolicy.Attempts is negative: %d", p.Attempts)
+	case p.AttemptTimeout < 0:
+		return fmt.Errorf("etcdutil: RetryPolicy.AttemptTimeout is negative: %v", p.AttemptTimeout)
+	}
+	return nil
+}
+
+func (p RetryPolicy) withDefaults() RetryPolicy {
+	if p.Initial == 0 {
+		p.Initial = min(defaultInitial, cmp.Or(p.Max, defaultMax))
+	}
+	if p.Max == 0 {
+		p.Max = max(defaultMax, p.Initial)
+	}
+	p.Elapsed = cmp.Or(p.Elapsed, defaultElapsed)
+	p.AttemptTimeout = cmp.Or(p.AttemptTimeout, defaultAttemptTimeout)
+	return p
+}
+
+// backoff is the time to sleep after the given number of failed attempts.
+func (p RetryPolicy) backoff(failed int) time.Duration {
+	delay := p.Initial
+	for ; failed > 1 && delay < p.Max; failed-- {
+		delay *= 2
+	}
+	return rand.N(min(delay, p.Max) + 1)
+}
+
+// A RetryOption shapes [Retry].
+type RetryOption interface{ applyRetry(*config) }
+
+// Retry calls op until it succeeds or fails for good, that is with an error that is not [IsTransient]. Each call has a
+// context of its own, which ends with ctx and after RetryPolicy.AttemptTimeout; a call that ran into that timeout is
+// tried again. The error wraps op's last one, and context.Cause(ctx) if ctx ended it. op is not called if ctx has
+// already ended. Retry waits for op: it returns in time if op minds its context.
+//
+// op is repeated after errors that leave open whether it was applied: it must be idempotent or guarded (a transaction
+// that compares what it changes), or the policy must be DefiniteOnly.
+func Retry[T any](ctx context.Context, op func(ctx context.Context) (T, error), opts ...RetryOption) (T, error) {
+	if ctx == nil {
+		panic("etcdutil: nil ctx")
+	}
+	if op == nil {
+		panic("etcdutil: nil op")
+	}
+	c := config{logger: discard}
+	for _, o := range opts {
+		o.applyRetry(&c)
+	}
+	if err := c.retry.validate(); err != nil {
+		var zero T
+		return zero, err
+	}
+	return retry(ctx, &c, op)
+}
+
+func retry[T any](ctx context.Context, c *config, op func(ctx context.Context) (T, error)) (T, error) {
+	var zero T
+	if ctx.Err() != nil {
+		return zero, ended(ctx)
+	}
+	p, start := c.retry.withDefaults(), time.Now()
+	var last error
+	for attempt := 1; ; attempt++ {
+		if c.client != nil && c.client.Ctx().Err() != nil {
+			return zero, errClientClosed // clientv3 would take that for a fault, and try 100 times
+		}
+		timeout := p.AttemptTimeout
+		if p.Elapsed > 0 {
+			timeout = min(timeout, p.Elapsed-time.Since(start))
+		}
+		if timeout <= 0 { // overslept
+			return zero, gaveUp(attempt-1, start, last)
+		}
+		v, timedOut, err := try(ctx, timeout, op)
+		if err == nil {
+			return v, nil
+		}
+		if ctx.Err() != nil {
+			return zero, endedDuring(ctx, err)
+		}
+		if !p.again(err, timedOut) || c.refusedToken(err) {
+			return zero, err
+		}
+		delay := p.backoff(attempt)
+		if attempt == p.Attempts || p.Elapsed > 0 && time.Since(start)+delay >= p.Elapsed {
+			return zero, gaveUp(attempt, start, err)
+		}
+		last = err
+		if attempt == 1 {
+			c.logger.Warn("etcdutil: retrying", "error", err)
+		}
+		if sleep(ctx, delay); ctx.Err() != nil {
+			return zero, endedDuring(ctx, err)
+		}
+		c.reconnect()
+	}
+}
+
+func gaveUp(attempts int, start time.Time, err error) error {
+	return fmt.Errorf("etcdutil: gave up after %d attempts in %v: %w", attempts, time.Since(start).Round(time.Millisecond), err)
+}
+
+// refusedToken reports whether err is the refusal of a token that the client cannot renew.
+func (c *config) refusedToken(err error) bool {
+	return c.client != nil && c.client.Token != "" && failureOf(err).code == codes.Unauthenticated
+}
+
+var errClientClosed = errors.New("etcdutil: the client is closed")
+
+// try makes one attempt. timedOut says that it was the attempt's own timeout that ended it.
+func try[T any](ctx context.Context, timeout time.Duration, op func(ctx context.Context) (T, error)) (v T, timedOut bool, err error) {
+	attempt, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	v, err = op(attempt)
+	return v, err != nil && attempt.Err() != nil, err
+}
+
+func (p RetryPolicy) again(err error, timedOut bool) bool {
+	if p.DefiniteOnly && (timedOut || IsAmbiguous(err)) {
+		return false
+	}
+	return timedOut || IsTransient(err)
+}
+
+// reconnect makes gRPC dial at once. Its own backoff after refused connections reaches minutes, and clientv3 offers no
+// way to configure it.
+func (c *config) reconnect() {
+	if c.client != nil {
+		c.client.ActiveConnection().ResetConnectBackoff()
+	}
+}
+
+// endedDuring is the error for a ctx that ended an operation, whose own last error was err.
+func endedDuring(ctx context.Context, err error) error {
+	if cause := ended(ctx); !errors.Is(err, cause) {
+		return fmt.Errorf("%w: %w", cause, err)
+	}
+	return err
+}
+
+// IsTransient reports whether an idempotent operation that failed with err is worth another try: the server or the way
+// to it was at fault, and may have recovered. The caller's own end (context.Canceled, context.DeadlineExceeded) is not
+// transient, nor is nil.
+func IsTransient(err error) bool {
+	if err == nil || isContextEnd(err) {
+		return false
+	}
+	f := failureOf(err)
+	switch {
+	case f.message == clientClosing:
+		return false
+	case transientMessages[f.message]:
+		return true
+	}
+	switch f.code {
+	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.Internal, codes.Unauthenticated:
+		return true
+	}
+	return false
+}
+
+// IsAmbiguous reports whether a write that failed with err may have been applied all the same. It errs on the side of yes
+// for what etcd, gRPC or a context answered. nil is not ambiguous, nor is an error that is none of theirs.
+func IsAmbiguous(err error) bool {
+	if err == nil {
+		return false
+	}
+	if isContextEnd(err) || errors.Is(err, ErrUnknownOutcome) {
+		return true
+	}
+	f := failureOf(err)
+	if definiteMessages[f.message] {
+		return false
+	}
+	switch f.code {
+	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.Internal, codes.Unknown, codes.Aborted:
+		return true
+	case codes.ResourceExhausted:
+		// Without space left etcd applies a write and then reports it as failed, some of the time; an answer that is
+		// too large for the client belongs to a request that was carried out.
+		return !strings.HasPrefix(f.message, sendTooLarge)
+	}
+	return false
+}
+
+func isContextEnd(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+const (
+	clientClosing = "grpc: the client connection is closing"
+	sendTooLarge  = "trying to send message larger than max"
+)
+
+// What the code alone gets wrong, by message. An error that etcd's server does not know travels as codes.Unknown.
+var (
+	transientMessages = messages(
+		"raft proposal dropped",
+		"not a primary lessor",
+		rpctypes.ErrorDesc(rpctypes.ErrGRPCRequestTooManyRequests),
+		rpctypes.ErrorDesc(rpctypes.ErrGRPCAuthOldRevision),
+		// Another member may be capable of it.
+		rpctypes.ErrorDesc(rpctypes.ErrGRPCNotCapable),
+		rpctypes.ErrorDesc(rpctypes.ErrGRPCNotSupportedForLearner),
+	)
+	definiteMessages = messages(
+		"raft proposal dropped",
+		"not a primary lessor",
+		rpctypes.ErrorDesc(rpctypes.ErrGRPCRequestTooManyRequests),
+		rpctypes.ErrorDesc(rpctypes.ErrGRPCNoLeader),
+	)
+)
+
+func messages(list ...string) map[string]bool {
+	set := make(map[string]bool, len(list))
+	for _, m := range list {
+		set[m] = true
+	}
+	return set
+}
+
+// failure is the gRPC code and message that an error carries, codes.OK if it carries none.
+type failure struct {
+	code    codes.Code
+	message string
+}
+
+// failureOf finds them in what clientv3 returns: its EtcdError has a code but no gRPC status, what it does not know it
+// returns as the status it got.
+func failureOf(err error) failure {
+	if e, ok := errors.AsType[rpctypes.EtcdError](err); ok {
+		return failure{e.Code(), e.Error()}
+	}
+	if e, ok := errors.AsType[interface {
+		error
+		GRPCStatus() *status.Status
+	}](err); ok {
+		return failure{e.GRPCStatus().Code(), e.GRPCStatus().Message()}
+	}
+	return failure{}
+}

@@ -1,0 +1,272 @@
+package etcdutil
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+func TestErrorsAreClassifiedByWhatEtcdMeansByThem(t *testing.T) {
+	for _, c := range []struct {
+		err                  error
+		transient, ambiguous bool
+	}{
+		{nil, false, false},
+		{errors.New("not etcd's"), false, false},
+		{context.Canceled, false, true},
+		{context.DeadlineExceeded, false, true},
+		{ErrUnknownOutcome, false, true},
+		{ErrLockLost, false, false},
+		{ErrLockHeld, false, false},
+
+		{rpctypes.ErrNoLeader, true, false},
+		{rpctypes.ErrLeaderChanged, true, true},
+		{rpctypes.ErrTimeout, true, true},
+		{rpctypes.ErrTimeoutDueToLeaderFail, true, true},
+		{rpctypes.ErrTimeoutDueToConnectionLost, true, true},
+		{rpctypes.ErrGRPCTimeoutWaitAppliedIndex, true, true},
+		{rpctypes.ErrStopped, true, true},
+		{rpctypes.ErrUnhealthy, true, true},
+		{status.Error(codes.Unavailable, "transport is closing"), true, true},
+		{status.Error(codes.Unavailable, "error reading from server: EOF"), true, true},
+		{status.Error(codes.Canceled, "a proxy's"), true, true},
+		{status.Error(codes.DeadlineExceeded, "the server's"), true, true},
+		{status.Error(codes.Canceled, "grpc: the client connection is closing"), false, true},
+		{status.Error(codes.Internal, "stream terminated by RST_STREAM"), true, true},
+		{rpctypes.ErrTooManyRequests, true, false},
+		{status.Error(codes.Unknown, "etcdserver: too many requests"), true, false},
+		{status.Error(codes.Unknown, "raft proposal dropped"), true, false},
+		{status.Error(codes.Unknown, "not a primary lessor"), true, false},
+		{status.Error(codes.Unknown, "what etcd did not foresee"), false, true},
+		{rpctypes.ErrNoSpace, false, true},
+		{rpctypes.ErrCorrupt, false, false},
+		{rpctypes.ErrInvalidAuthToken, true, false},
+		{rpctypes.ErrAuthOldRevision, true, false},
+		{rpctypes.ErrUserEmpty, false, false},
+		{rpctypes.ErrAuthFailed, false, false},
+		{rpctypes.ErrPermissionDenied, false, false},
+		{rpctypes.ErrLeaseNotFound, false, false},
+		{rpctypes.ErrLeaseExist, false, false},
+		{rpctypes.ErrCompacted, false, false},
+		{rpctypes.ErrFutureRev, false, false},
+		{rpctypes.ErrRequestTooLarge, false, false},
+		{rpctypes.ErrTooManyOps, false, false},
+		{rpctypes.ErrDuplicateKey, false, false},
+		{status.Error(codes.ResourceExhausted, "trying to send message larger than max (3 vs. 2)"), false, false},
+		{status.Error(codes.ResourceExhausted, "grpc: received message larger than max (3 vs. 2)"), false, true},
+		{rpctypes.ErrNotCapable, true, false},
+		{rpctypes.ErrGRPCNotSupportedForLearner, true, false},
+	} {
+		t.Run(fmt.Sprint(c.err), func(t *testing.T) {
+			forms := []error{c.err}
+			if c.err != nil {
+				forms = append(forms, fmt.Errorf("wrapped: %w", c.err), rpctypes.Error(c.err))
+			}
+			for _, err := range forms {
+				require.Equal(t, c.transient, IsTransient(err), "transient")
+				require.Equal(t, c.ambiguous, IsAmbiguous(err), "ambiguous")
+			}
+		})
+	}
+}
+
+// What the table is made of must be what a real etcd and a real client return.
+func TestRealErrorsAreClassified(t *testing.T) {
+	client := testCluster.Client(t)
+	ctx := t.Context()
+	_, tooLarge := client.Put(ctx, nameOf(t), strings.Repeat("x", 1700<<10))
+	require.ErrorIs(t, tooLarge, rpctypes.ErrRequestTooLarge)
+	_, larger := client.Put(ctx, nameOf(t), strings.Repeat("x", 3<<20))
+	_, notFound := client.Revoke(ctx, 12345)
+	_, future := client.Get(ctx, nameOf(t), clientv3.WithRev(1<<40))
+	for _, err := range []error{tooLarge, larger, notFound, future} {
+		require.Error(t, err)
+		require.False(t, IsTransient(err), err)
+		require.False(t, IsAmbiguous(err), err)
+	}
+
+	door := openDoor(t, testCluster.Endpoints()[0])
+	away := newClient(t, door.addr)
+	_, err := away.Get(ctx, nameOf(t))
+	require.NoError(t, err)
+	door.shut()
+	short, cancel := context.WithTimeout(ctx, 200*time.Millisecond)
+	defer cancel()
+	_, err = away.Put(short, nameOf(t), "")
+	require.Error(t, err)
+	require.True(t, IsAmbiguous(err), err)
+
+	require.NoError(t, away.Close())
+	_, err = away.Put(ctx, nameOf(t), "")
+	require.Error(t, err)
+	require.False(t, IsTransient(err), "of a closed client nothing more comes: %v", err)
+}
+
+var errAway = status.Error(codes.Unavailable, "away")
+
+func failing(times int, with error) func(context.Context) (int, error) {
+	calls := 0
+	return func(context.Context) (int, error) {
+		if calls++; calls <= times {
+			return 0, with
+		}
+		return calls, nil
+	}
+}
+
+func TestRetryRepeatsWhatIsTransientUntilItSucceeds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		calls, err := Retry(t.Context(), failing(5, errAway))
+		require.NoError(t, err)
+		require.Equal(t, 6, calls)
+	})
+}
+
+func TestRetryReturnsWhatIsNotTransientAtOnce(t *testing.T) {
+	permanent := errors.New("permanent")
+	for _, err := range []error{permanent, rpctypes.ErrPermissionDenied, context.Canceled} {
+		calls := 0
+		_, got := Retry(t.Context(), func(context.Context) (int, error) { calls++; return 0, err })
+		require.ErrorIs(t, got, err)
+		require.Equal(t, 1, calls)
+	}
+}
+
+func TestRetryGivesUpAfterItsAttemptsOrItsTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		calls := 0
+		op := func(context.Context) (int, error) { calls++; return 0, errAway }
+		_, err := Retry(t.Context(), op, WithRetryPolicy(RetryPolicy{Attempts: 3}))
+		require.ErrorIs(t, err, errAway)
+		require.Equal(t, 3, calls)
+
+		began := time.Now()
+		_, err = Retry(t.Context(), op)
+		require.ErrorIs(t, err, errAway)
+		require.LessOrEqual(t, time.Since(began), 30*time.Second)
+		require.Greater(t, time.Since(began), 25*time.Second)
+
+		began = time.Now()
+		_, err = Retry(t.Context(), func(ctx context.Context) (int, error) { <-ctx.Done(); return 0, ctx.Err() },
+			WithRetryPolicy(RetryPolicy{Elapsed: 12 * time.Second}))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.LessOrEqual(t, time.Since(began), 12*time.Second, "the last attempt is cut short")
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		_, err = Retry(ctx, op, WithRetryPolicy(RetryPolicy{Elapsed: -1}))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.ErrorIs(t, err, errAway)
+	})
+}
+
+func TestRetryBoundsEachAttemptAndTriesAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var took []time.Duration
+		_, err := Retry(t.Context(), func(ctx context.Context) (int, error) {
+			if len(took) == 2 {
+				return 1, nil
+			}
+			began := time.Now()
+			<-ctx.Done()
+			took = append(took, time.Since(began))
+			return 0, ctx.Err()
+		}, WithRetryPolicy(RetryPolicy{AttemptTimeout: 3 * time.Second}))
+		require.NoError(t, err)
+		require.Equal(t, []time.Duration{3 * time.Second, 3 * time.Second}, took)
+	})
+}
+
+func TestRetryDelaysAreDoubledWithFullJitterUpToTheMaximum(t *testing.T) {
+	p := RetryPolicy{}.withDefaults()
+	for failed, limit := range map[int]time.Duration{1: 25 * time.Millisecond, 2: 50 * time.Millisecond, 4: 200 * time.Millisecond, 30: 2 * time.Second} {
+		var least, most time.Duration = time.Hour, 0
+		for range 1000 {
+			d := p.backoff(failed)
+			least, most = min(least, d), max(most, d)
+		}
+		require.LessOrEqual(t, most, limit)
+		require.Greater(t, most, limit*9/10)
+		require.Less(t, least, limit/10)
+	}
+}
+
+func TestRetryEndsWithItsContextAndWrapsBothErrors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cause := errors.New("the caller's cause")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(time.Second, func() { cancel(cause) })
+		began := time.Now()
+		_, err := Retry(ctx, func(context.Context) (int, error) { return 0, errAway })
+		require.Equal(t, time.Second, time.Since(began))
+		require.ErrorIs(t, err, errAway)
+		require.ErrorIs(t, err, cause)
+		require.ErrorIs(t, err, context.Canceled)
+
+		_, err = Retry(ctx, func(context.Context) (int, error) { t.Error("called"); return 0, nil })
+		require.ErrorIs(t, err, cause)
+	})
+}
+
+func TestRetryThatIsDefiniteOnlyRepeatsNothingThatMayHaveBeenApplied(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		definite := WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: time.Second})
+		calls, err := Retry(t.Context(), failing(2, rpctypes.ErrNoLeader), definite)
+		require.NoError(t, err)
+		require.Equal(t, 3, calls)
+		_, err = Retry(t.Context(), failing(1, rpctypes.ErrTimeout), definite)
+		require.ErrorIs(t, err, rpctypes.ErrTimeout)
+		attempts := 0
+		_, err = Retry(t.Context(), func(ctx context.Context) (int, error) {
+			attempts++
+			<-ctx.Done()
+			return 0, ctx.Err()
+		}, definite)
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Equal(t, 1, attempts)
+	})
+}
+
+func TestRetryPoliciesThatMakeNoSenseAreRefusedByName(t *testing.T) {
+	for field, p := range map[string]RetryPolicy{
+		"Initial":        {Initial: -1},
+		"Max":            {Max: -1},
+		"below Initial":  {Initial: 2, Max: 1},
+		"Attempts":       {Attempts: -1},
+		"AttemptTimeout": {AttemptTimeout: -1},
+	} {
+		_, err := Retry(t.Context(), func(context.Context) (int, error) { t.Error("called"); return 0, nil }, WithRetryPolicy(p))
+		require.ErrorContains(t, err, field)
+	}
+	require.Panics(t, func() { _, _ = Retry[int](t.Context(), nil) })
+}
+
+func TestRetryDefaultsFitEachOther(t *testing.T) {
+	require.Equal(t, 10*time.Millisecond, RetryPolicy{Max: 10 * time.Millisecond}.withDefaults().Initial)
+	require.Equal(t, time.Minute, RetryPolicy{Initial: time.Minute}.withDefaults().Max)
+}
+
+func TestRetryLogsOncePerOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var lines bytes.Buffer
+		logger := WithLogger(slog.New(slog.NewTextHandler(&lines, nil)))
+		_, err := Retry(t.Context(), failing(0, nil), logger)
+		require.NoError(t, err)
+		require.Zero(t, lines.Len())
+		_, err = Retry(t.Context(), failing(9, errAway), logger, WithLogger(nil), logger)
+		require.NoError(t, err)
+		require.Equal(t, 1, strings.Count(lines.String(), "\n"), lines.String())
+	})
+}
