@@ -1,0 +1,41 @@
+package main
+
+import (
+	"bytes"
+	"flag"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+func TestTheCutOffHolderIsToldBeforeTheNextOneTakesOverAndWritesNothing(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	err := run(t.Context(), nil, &out)
+	t.Logf("timeline:\n%s", &out)
+	require.NoError(t, err)
+	for _, line := range []string{
+		`holds the lock, token \d+`,
+		`is cut off from etcd`,
+		`is told, \d+\.\d+ s later: etcdutil: lock lost: .*: etcdutil: lease expired`,
+		`is answered by Commit: .*: etcdutil: lock lost`,
+		`compares IsOwner: written=false`,
+		`told \d+\.\d+ s before the next one took over`,
+		`all held`,
+	} {
+		require.Regexp(t, line, out.String())
+	}
+}
+
+func TestHelpExplainsAndPlaysNothing(t *testing.T) {
+	var out bytes.Buffer
+	require.ErrorIs(t, run(t.Context(), []string{"-h"}, &out), flag.ErrHelp)
+	require.Contains(t, out.String(), "-endpoints")
+	require.NotContains(t, out.String(), "token")
+}
+
+func TestAnEtcdThatIsNotThereIsReported(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	require.ErrorContains(t, run(t.Context(), []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")
+}
