@@ -91,6 +91,8 @@ var (
 type Option interface {
 	LeaseOption
 	RetryOption
+	WatchOption
+	LogOption
 }
 
 // WithLogger sets where a constructor's resource logs: one line when a lock is acquired or lost, when a renewal is
@@ -122,6 +124,8 @@ type option func(*config)
 func (o option) applyRetry(c *config)      { o(c) }
 func (o option) applyLease(c *leaseConfig) { o(&c.config) }
 func (o option) applyLock(c *lockConfig)   { o(&c.config) }
+func (o option) applyWatch(c *watchConfig) { o(&c.config) }
+func (o option) applyLog(c *logConfig)     { o(&c.config) }
 
 // requireClient panics on what only a programming error passes, and refuses a client that has no connection.
 func requireClient(ctx context.Context, client *clientv3.Client) error {
