@@ -824,7 +824,7 @@ func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error)
 	if err := l.checkOps(ops); err != nil {
 		return 0, err
 	}
-	rev, err := l.commit(ctx, ops)
+	rev, err := l.commit(ctx, commitment{config: &l.config, ops: ops})
 	switch {
 	case err == nil:
 		return rev, nil
@@ -873,7 +873,17 @@ func writes(op clientv3.Op, key []byte) bool {
 	return bytes.Compare(begin, key) <= 0 && bytes.Compare(key, end) < 0
 }
 
-func (l *Lock) commit(ctx context.Context, ops []clientv3.Op) (Revision, error) {
+// commitment is what to commit: ops, if the lock is held and guards hold as well.
+type commitment struct {
+	config *config
+	guards []clientv3.Cmp
+	ops    []clientv3.Op
+}
+
+// errGuard says that a commitment's own guards did not hold, so that it was not applied.
+var errGuard = errors.New("etcdutil: a guard did not hold")
+
+func (l *Lock) commit(ctx context.Context, c commitment) (Revision, error) {
 	select {
 	case l.committing <- struct{}{}:
 		defer func() { <-l.committing }()
@@ -888,22 +898,23 @@ func (l *Lock) commit(ctx context.Context, ops []clientv3.Op) (Revision, error) 
 	defer context.AfterFunc(l.held, func() { cancel(context.Cause(l.held)) })()
 	if l.unsettled {
 		// What an earlier Commit sent compares the version, so it can no longer be applied once that is bumped.
-		if _, err := l.bump(held, nil); err != nil {
+		if _, err := l.bump(held, commitment{config: c.config}); err != nil {
 			return 0, l.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %v", err))
 		}
 	}
-	return l.bump(held, ops)
+	return l.bump(held, c)
 }
 
-// bump applies ops and raises the version of the lock's key in one transaction, if the lock is held and the version is
+// bump applies c and raises the version of the lock's key in one transaction, if the lock is held and the version is
 // the last one known. By the version, one read tells after a lost answer whether it was applied: nobody else raises it.
-func (l *Lock) bump(ctx context.Context, ops []clientv3.Op) (Revision, error) {
-	then := append(append([]clientv3.Op{}, ops...),
+func (l *Lock) bump(ctx context.Context, c commitment) (Revision, error) {
+	guards := append([]clientv3.Cmp{l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)}, c.guards...)
+	then := append(append([]clientv3.Op{}, c.ops...),
 		clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))
 	doubt, straggler := false, false
-	resp, err := retry(ctx, &l.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := retry(ctx, c.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		resp, err := l.config.client.Txn(ctx).
-			If(l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)).
+			If(guards...).
 			Then(then...).
 			Else(clientv3.OpGet(l.key)).
 			Commit()
@@ -920,7 +931,27 @@ func (l *Lock) bump(ctx context.Context, ops []clientv3.Op) (Revision, error) {
 	case resp.Succeeded:
 		return l.settled(resp.Header.Revision), nil
 	}
-	return l.resolve(l.mine(resp.Responses[0].GetResponseRange().Kvs), doubt)
+	kv := l.mine(resp.Responses[0].GetResponseRange().Kvs)
+	if kv != nil && kv.Version == l.version && len(c.guards) > 0 {
+		return 0, l.guarded(ctx, c.config, straggler)
+	}
+	return l.resolve(kv, doubt)
+}
+
+// guarded is the error for a commitment whose guards did not hold. They could hold again when a straggler arrives, which is
+// therefore kept from being applied.
+func (l *Lock) guarded(ctx context.Context, c *config, straggler bool) error {
+	if !straggler {
+		return errGuard
+	}
+	_, err := l.bump(ctx, commitment{config: c})
+	switch {
+	case err == nil:
+		return errGuard
+	case errors.Is(err, ErrLockLost):
+		return err
+	}
+	return l.unknown(err)
 }
 
 func (l *Lock) settled(rev Revision) Revision {
