@@ -121,10 +121,10 @@ func start(members int) (*Cluster, error) {
 
 func (c *Cluster) startNodes(members int) error {
 	nodes, err := newNodes(members, c.dir)
+	c.nodes = nodes // for Close
 	if err != nil {
 		return err
 	}
-	c.nodes = nodes
 	for _, n := range nodes {
 		if err := n.start(); err != nil {
 			return err
@@ -283,15 +283,23 @@ func (c *Cluster) Close() error {
 	c.turn.Lock()
 	defer c.turn.Unlock()
 	c.closed = true
+	c.stopAll()
+	for _, n := range c.nodes {
+		n.ports.release()
+	}
+	if err := os.RemoveAll(c.dir); err != nil {
+		return fmt.Errorf("etcdtest: %w", err)
+	}
+	return nil
+}
+
+// stopAll stops the members all at once, for each takes its time.
+func (c *Cluster) stopAll() {
 	var stopping sync.WaitGroup
 	for _, n := range c.nodes {
 		stopping.Go(n.stop)
 	}
 	stopping.Wait()
-	if err := os.RemoveAll(c.dir); err != nil {
-		return fmt.Errorf("etcdtest: %w", err)
-	}
-	return nil
 }
 
 // change has f change a member, when it is the caller's turn.

@@ -266,7 +266,7 @@ func TestLinkPassesMegabytesUnharmedThroughADelay(t *testing.T) {
 }
 
 func TestLinkClosesConnectionsWhileItsEndpointRefuses(t *testing.T) {
-	server := listen(t, "127.0.0.1:0")
+	server := listen(t, etcdtest.ReserveAddress(t))
 	link := etcdtest.StartLink(t, server.address())
 	require.NoError(t, server.listener.Close())
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -37,6 +36,7 @@ type node struct {
 	name           string
 	dir            string
 	initialCluster string
+	ports          *reservation
 	clientAddress  string
 	peerAddress    string // where etcd listens to its peers
 	linkAddress    string // where its peers find it; the same as peerAddress if there are none
@@ -53,47 +53,34 @@ type run struct {
 	link   *Link                       // through which the peers reach it; nil if there are none
 }
 
-// newNodes returns the nodes of a new cluster, to be started, with their data below dir.
+// newNodes returns the nodes of a new cluster, to be started, with their data below dir. The caller releases the ports of
+// those that it returns, also with an error.
 func newNodes(count int, dir string) ([]*node, error) {
-	addresses, err := freeAddresses(3 * count)
-	if err != nil {
-		return nil, err
-	}
-	nodes := make([]*node, count)
+	var nodes []*node
 	var initial []string
-	for i := range nodes {
+	for i := range count {
+		ports, err := reserve()
+		if err != nil {
+			return nodes, err
+		}
 		n := &node{
 			name:          fmt.Sprintf("member%d", i),
-			clientAddress: addresses[3*i],
-			peerAddress:   addresses[3*i+1],
-			linkAddress:   addresses[3*i+2],
+			ports:         ports,
+			clientAddress: ports.addresses[0],
+			peerAddress:   ports.addresses[1],
+			linkAddress:   ports.addresses[2],
 		}
 		if count == 1 {
 			n.linkAddress = n.peerAddress
 		}
 		n.dir = filepath.Join(dir, n.name)
 		initial = append(initial, n.name+"=http://"+n.linkAddress)
-		nodes[i] = n
+		nodes = append(nodes, n)
 	}
 	for _, n := range nodes {
 		n.initialCluster = strings.Join(initial, ",")
 	}
 	return nodes, nil
-}
-
-// freeAddresses returns loopback addresses that nobody listens on. All are held until the last is found, so that they
-// differ; another process may still take one before we do.
-func freeAddresses(count int) ([]string, error) {
-	addresses := make([]string, count)
-	for i := range addresses {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer listener.Close()
-		addresses[i] = listener.Addr().String()
-	}
-	return addresses, nil
 }
 
 // start starts etcd and the link in front of it. It does not wait until etcd serves.
@@ -123,7 +110,7 @@ func (n *node) startPeerLink() (*Link, error) {
 	return newLink(n.linkAddress, n.peerAddress)
 }
 
-// restart starts a stopped node. Its ports were free to be taken meanwhile, most likely by a short-lived connection.
+// restart starts a stopped node. Its ports were free to be taken meanwhile, if only by someone who looks for a free one.
 func (n *node) restart() error {
 	deadline := time.Now().Add(portTimeout)
 	for {
