@@ -12,7 +12,7 @@
 //		cluster.Isolate(cluster.Leader())
 //	}
 //
-// [New] is the same without a test. The members keep etcd's default times (a tick of 100 ms, an election timeout of
+// [New] is the same without a test, and [NewWith] with settings of etcd's own. The members keep etcd's default times (a tick of 100 ms, an election timeout of
 // 1 s, so that a lease lives 2 s or longer), and no fsync, logs or TLS. [Cluster.Stop] and [Cluster.Restart] are a
 // member's crash and its return; [Cluster.Isolate] and [Cluster.Rejoin] cut it from its peers while clients still
 // reach it. A cluster starts in some 20 ms, of one member or of three, since its first leader is not left to chance.
@@ -48,6 +48,7 @@ import (
 
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 )
 
@@ -77,11 +78,21 @@ type Cluster struct {
 // each member serves clients and one leads, or with an error: that members is not positive, or that etcd did not start.
 // The caller closes the cluster.
 func New(members int) (*Cluster, error) {
+	return NewWith(members, nil)
+}
+
+// NewWith is [New] with settings of etcd: configure, unless nil, is called with a member's configuration before each
+// start of it, also by Restart and Restore; for one member at a time, and with a new configuration, so that it may keep
+// neither. The configuration is etcd's default, but without fsync and logs. What makes it a member of this cluster is
+// set afterwards and overwrites configure's: the name, the directories, the initial cluster, and the addresses for
+// clients and peers, which stay without TLS; so is ServiceRegister. Shorter ticks or elections are configure's to choose,
+// but the times in this package's documentation are then others.
+func NewWith(members int, configure func(*embed.Config)) (*Cluster, error) {
 	if members < 1 {
 		return nil, fmt.Errorf("etcdtest: members is %d, not 1 or more", members)
 	}
 	for attempt := 1; ; attempt++ {
-		c, err := start(members)
+		c, err := start(members, configure)
 		if err == nil {
 			return c, nil
 		}
@@ -107,20 +118,20 @@ func Start(tb testing.TB, members int) *Cluster {
 }
 
 // start makes one attempt at a cluster, and leaves nothing behind when that fails.
-func start(members int) (*Cluster, error) {
+func start(members int, configure func(*embed.Config)) (*Cluster, error) {
 	dir, err := os.MkdirTemp("", "etcdtest-")
 	if err != nil {
 		return nil, err
 	}
 	c := &Cluster{dir: dir}
-	if err := c.startNodes(members); err != nil {
+	if err := c.startNodes(members, configure); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
 }
 
-func (c *Cluster) startNodes(members int) error {
-	nodes, err := newNodes(members, c.dir)
+func (c *Cluster) startNodes(members int, configure func(*embed.Config)) error {
+	nodes, err := newNodes(members, c.dir, configure)
 	c.nodes = nodes // for Close
 	if err != nil {
 		return err

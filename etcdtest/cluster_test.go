@@ -11,7 +11,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 
@@ -53,6 +55,65 @@ func TestShortestLeaseIsEtcdsDefault(t *testing.T) {
 	lease, err := client.Grant(t.Context(), 1)
 	require.NoError(t, err)
 	require.EqualValues(t, 2, lease.TTL)
+}
+
+func TestEachMemberIsConfiguredBeforeEachStart(t *testing.T) {
+	cluster, err := etcdtest.NewWith(3, func(config *embed.Config) {
+		config.MaxTxnOps = 1
+		// What makes a member is not configure's to change.
+		config.Name, config.InitialCluster = "another", "another=http://127.0.0.1:1"
+		config.Dir, config.WalDir = "/dev/null", "/dev/null"
+		config.ListenClientUrls, config.ListenPeerUrls = nil, nil
+	})
+	require.NoError(t, err)
+	defer cluster.Close()
+	follower := (cluster.Leader() + 1) % 3
+	require.NoError(t, cluster.Stop(follower))
+	require.NoError(t, cluster.Restart(follower))
+	for _, endpoint := range cluster.Endpoints() {
+		requireOneOperation(t, clientTo(t, endpoint))
+	}
+}
+
+// requireOneOperation requires that the client's member was configured to take no more in one transaction.
+func requireOneOperation(t *testing.T, client *clientv3.Client) {
+	t.Helper()
+	put(t, client, "one")
+	_, err := client.Txn(t.Context()).Then(clientv3.OpGet("one"), clientv3.OpGet("two")).Commit()
+	require.ErrorIs(t, err, rpctypes.ErrTooManyOps)
+}
+
+func TestAuthTokenExpiresAsConfigured(t *testing.T) {
+	cluster, err := etcdtest.NewWith(1, func(config *embed.Config) { config.AuthTokenTTL = 1 })
+	require.NoError(t, err)
+	defer cluster.Close()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: cluster.Endpoints(),
+		Token:     enableAuth(t, cluster.Client(t)), // no password, with which clientv3 would get another
+		Logger:    zap.NewNop(),
+	})
+	require.NoError(t, err)
+	defer client.Close()
+	put(t, client, "with a token")
+
+	time.Sleep(2500 * time.Millisecond) // etcd looks once a second; to ask meanwhile would renew the token
+	require.ErrorIs(t, tryPut(t, client, "without"), rpctypes.ErrInvalidAuthToken)
+}
+
+// enableAuth turns auth on and returns a token of root's.
+func enableAuth(t *testing.T, client *clientv3.Client) string {
+	t.Helper()
+	_, err := client.UserAdd(t.Context(), "root", "secret")
+	require.NoError(t, err)
+	_, err = client.RoleAdd(t.Context(), "root")
+	require.NoError(t, err)
+	_, err = client.UserGrantRole(t.Context(), "root", "root")
+	require.NoError(t, err)
+	_, err = client.AuthEnable(t.Context())
+	require.NoError(t, err)
+	response, err := client.Authenticate(t.Context(), "root", "secret")
+	require.NoError(t, err)
+	return response.Token
 }
 
 func TestStoppedMemberRefusesAndKeepsItsDataForRestart(t *testing.T) {

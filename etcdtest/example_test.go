@@ -4,9 +4,11 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
 
 	"example.com/etcdutil/etcdtest"
@@ -33,6 +35,25 @@ func ExampleNew() {
 	}
 	fmt.Printf("%s from %d members\n", response.Kvs[0].Value, len(cluster.Endpoints()))
 	// Output: hello from 3 members
+}
+
+func ExampleNewWith() {
+	cluster, err := etcdtest.NewWith(1, func(config *embed.Config) {
+		config.QuotaBackendBytes = 1 << 20
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	client, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	_, err = client.Put(context.Background(), "large", strings.Repeat("x", 1<<20))
+	fmt.Println(err)
+	// Output: etcdserver: mvcc: database space exceeded
 }
 
 func ExampleCluster_Restart() {

@@ -36,6 +36,7 @@ type node struct {
 	name           string
 	dir            string
 	initialCluster string
+	configure      func(*embed.Config) // may be nil
 	ports          *reservation
 	clientAddress  string
 	peerAddress    string // where etcd listens to its peers
@@ -55,7 +56,7 @@ type run struct {
 
 // newNodes returns the nodes of a new cluster, to be started, with their data below dir. The caller releases the ports of
 // those that it returns, also with an error.
-func newNodes(count int, dir string) ([]*node, error) {
+func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, error) {
 	var nodes []*node
 	var initial []string
 	for i := range count {
@@ -65,6 +66,7 @@ func newNodes(count int, dir string) ([]*node, error) {
 		}
 		n := &node{
 			name:          fmt.Sprintf("member%d", i),
+			configure:     configure,
 			ports:         ports,
 			clientAddress: ports.addresses[0],
 			peerAddress:   ports.addresses[1],
@@ -193,19 +195,24 @@ func (n *node) campaign() {
 	}
 }
 
-// config is etcd's own default configuration but for the addresses, the disk and the log. r learns of the gRPC server.
+// config is etcd's own default configuration but for the disk, the log, what configure changes, and then, so that it
+// cannot, what makes n a member of its cluster. r learns of the gRPC server.
 func (n *node) config(r *run) *embed.Config {
 	config := embed.NewConfig()
+	config.UnsafeNoFsync = true
+	config.ZapLoggerBuilder = embed.NewZapLoggerBuilder(lastWords())
+	if n.configure != nil {
+		n.configure(config)
+	}
 	config.Name = n.name
 	config.Dir = n.dir
-	config.UnsafeNoFsync = true
+	config.WalDir = "" // in Dir
 	config.InitialCluster = n.initialCluster
 	config.ListenClientUrls = urls(n.clientAddress)
 	config.AdvertiseClientUrls = urls(n.clientAddress)
 	config.ListenPeerUrls = urls(n.peerAddress)
 	config.AdvertisePeerUrls = urls(n.linkAddress)
 	config.ServiceRegister = r.server.Store
-	config.ZapLoggerBuilder = embed.NewZapLoggerBuilder(lastWords())
 	return config
 }
 
