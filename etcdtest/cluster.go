@@ -12,10 +12,11 @@
 //		cluster.Isolate(cluster.Leader())
 //	}
 //
-// [New] is the same without a test, and [NewWith] with settings of etcd's own. The members keep etcd's default times (a tick of 100 ms, an election timeout of
-// 1 s, so that a lease lives 2 s or longer), and no fsync, logs or TLS. [Cluster.Stop] and [Cluster.Restart] are a
-// member's crash and its return; [Cluster.Isolate] and [Cluster.Rejoin] cut it from its peers while clients still
-// reach it. A cluster starts in some 20 ms, of one member or of three, since its first leader is not left to chance.
+// [New] is the same without a test, and [NewWith] with settings of etcd's own. The members keep etcd's default times (a
+// tick of 100 ms, an election timeout of 1 s, so that a lease lives 2 s or longer), and no fsync, logs or TLS.
+// [Cluster.Stop] and [Cluster.Restart] are a member's crash and its return; [Cluster.Isolate] and [Cluster.Rejoin] cut
+// it from its peers while clients still reach it; [Cluster.Backup] and [Cluster.Restore] take all of them back in time.
+// A cluster starts in some 20 ms, of one member or of three, since its first leader is not left to chance.
 //
 // # Links
 //
@@ -64,14 +65,15 @@ const (
 )
 
 // Cluster is a number of etcd members in this process. Its methods are safe for concurrent use: Stop, Restart,
-// Isolate, Rejoin and Close take turns, the others do not wait for them. Members are numbered from 0, in the order of
-// [Cluster.Endpoints].
+// Isolate, Rejoin, Backup, Restore and Close take turns, the others do not wait for them. Members are numbered from 0,
+// in the order of [Cluster.Endpoints].
 type Cluster struct {
 	dir   string
 	nodes []*node
 
 	turn   sync.Mutex // held by the methods that change members
 	closed bool       // guarded by turn
+	backup *backup    // guarded by turn; nil if there is none
 }
 
 // New runs a cluster of in-process members on free loopback ports, fsync off, in a temporary directory. It returns when
@@ -82,11 +84,11 @@ func New(members int) (*Cluster, error) {
 }
 
 // NewWith is [New] with settings of etcd: configure, unless nil, is called with a member's configuration before each
-// start of it, also by Restart and Restore; for one member at a time, and with a new configuration, so that it may keep
-// neither. The configuration is etcd's default, but without fsync and logs. What makes it a member of this cluster is
-// set afterwards and overwrites configure's: the name, the directories, the initial cluster, and the addresses for
-// clients and peers, which stay without TLS; so is ServiceRegister. Shorter ticks or elections are configure's to choose,
-// but the times in this package's documentation are then others.
+// start of it, also by Restart, Backup and Restore; for one member of the cluster at a time, and with a new
+// configuration each time. That is etcd's default, but without fsync and logs. What makes it a member of this cluster
+// is set afterwards, over whatever configure set: the name, the directories, the initial cluster, the addresses for
+// clients and peers, and ServiceRegister. The addresses are without TLS, and configure must not ask for another initial
+// state of the cluster. It may change ticks and elections; the times in this package's documentation are then others.
 func NewWith(members int, configure func(*embed.Config)) (*Cluster, error) {
 	if members < 1 {
 		return nil, fmt.Errorf("etcdtest: members is %d, not 1 or more", members)
@@ -318,13 +320,23 @@ func (c *Cluster) change(member int, f func(*node) error) error {
 	if member < 0 || member >= len(c.nodes) {
 		return fmt.Errorf("etcdtest: member is %d, not in 0-%d", member, len(c.nodes)-1)
 	}
+	return c.takeTurn(func() error {
+		if err := f(c.nodes[member]); err != nil {
+			return fmt.Errorf("member %d: %w", member, err)
+		}
+		return nil
+	})
+}
+
+// takeTurn calls f when it is the caller's turn to change members.
+func (c *Cluster) takeTurn(f func() error) error {
 	c.turn.Lock()
 	defer c.turn.Unlock()
 	if c.closed {
 		return errors.New("etcdtest: the cluster is closed")
 	}
-	if err := f(c.nodes[member]); err != nil {
-		return fmt.Errorf("etcdtest: member %d: %w", member, err)
+	if err := f(); err != nil {
+		return fmt.Errorf("etcdtest: %w", err)
 	}
 	return nil
 }

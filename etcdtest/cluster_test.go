@@ -330,6 +330,8 @@ func TestClosedClusterRefusesAndChangesNoMore(t *testing.T) {
 	for _, change := range []func(int) error{cluster.Stop, cluster.Restart, cluster.Isolate, cluster.Rejoin} {
 		require.ErrorContains(t, change(0), "closed")
 	}
+	require.ErrorContains(t, cluster.Backup(), "closed")
+	require.ErrorContains(t, cluster.Restore(), "closed")
 }
 
 func TestClusterMayBeUsedConcurrently(t *testing.T) {

@@ -88,6 +88,39 @@ func ExampleCluster_Restart() {
 	// restarted: leader 0, hello
 }
 
+func ExampleCluster_Restore() {
+	cluster, err := etcdtest.New(1)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	client, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	if err := cluster.Backup(); err != nil {
+		log.Fatal(err)
+	}
+	written, err := client.Put(context.Background(), "greeting", "hello")
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := cluster.Restore(); err != nil {
+		log.Fatal(err)
+	}
+	response, err := client.Get(context.Background(), "greeting")
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("keys:", response.Count)
+	fmt.Println("revision gone backwards:", response.Header.Revision < written.Header.Revision)
+	// Output:
+	// keys: 0
+	// revision gone backwards: true
+}
+
 func ExampleNewLink() {
 	cluster, err := etcdtest.New(1)
 	if err != nil {

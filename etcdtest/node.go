@@ -54,8 +54,8 @@ type run struct {
 	link   *Link                       // through which the peers reach it; nil if there are none
 }
 
-// newNodes returns the nodes of a new cluster, to be started, with their data below dir. The caller releases the ports of
-// those that it returns, also with an error.
+// newNodes returns the nodes of a new cluster, to be started, with their data below dir. The caller releases the ports
+// of those that it returns, also with an error.
 func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, error) {
 	var nodes []*node
 	var initial []string
@@ -112,7 +112,7 @@ func (n *node) startPeerLink() (*Link, error) {
 	return newLink(n.linkAddress, n.peerAddress)
 }
 
-// restart starts a stopped node. Its ports were free to be taken meanwhile, if only by someone who looks for a free one.
+// restart starts a stopped node. Its ports were free to be taken meanwhile, if only by who tries out which are free.
 func (n *node) restart() error {
 	deadline := time.Now().Add(portTimeout)
 	for {
