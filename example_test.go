@@ -481,3 +481,95 @@ func ExampleIsAmbiguous() {
 	// true
 	// false
 }
+
+// One goroutine follows something, any number of others want to know how it stands.
+func ExampleNewNotify() {
+	ctx := context.Background()
+
+	leader := etcdutil.NewNotify[string](ctx)
+	defer leader.Close()
+
+	var readers sync.WaitGroup
+	for range 3 {
+		receiver := leader.Receiver()
+		readers.Go(func() {
+			fmt.Println(receiver.Recv(ctx))
+		})
+	}
+	if err := leader.Send("10.0.0.1:8080"); err != nil {
+		fmt.Println(err)
+	}
+	readers.Wait()
+	// Output:
+	// 10.0.0.1:8080 <nil>
+	// 10.0.0.1:8080 <nil>
+	// 10.0.0.1:8080 <nil>
+}
+
+// Send does not wait for anybody: who is slow skips values.
+func ExampleNotify_Send() {
+	ctx := context.Background()
+
+	progress := etcdutil.NewNotify[int](ctx)
+	receiver := progress.Receiver()
+	for percent := 0; percent <= 100; percent += 10 {
+		if err := progress.Send(percent); err != nil {
+			fmt.Println(err)
+		}
+	}
+	fmt.Println(receiver.Recv(ctx))
+
+	fmt.Println(progress.Close(), progress.Send(110))
+	// Output:
+	// 100 <nil>
+	// <nil> etcdutil: closed
+}
+
+// Who comes late sees the current value too.
+func ExampleNotify_Receiver() {
+	ctx := context.Background()
+
+	config := etcdutil.NewNotify[string](ctx)
+	defer config.Close()
+	early := config.Receiver()
+	if err := config.Send("v1"); err != nil {
+		fmt.Println(err)
+	}
+	late := config.Receiver()
+
+	fmt.Println(early.Recv(ctx))
+	fmt.Println(late.Recv(ctx))
+	// Output:
+	// v1 <nil>
+	// v1 <nil>
+}
+
+// The last value before Close is not lost.
+func ExampleReceiver_Recv() {
+	ctx := context.Background()
+
+	state := etcdutil.NewNotify[string](ctx)
+	receiver := state.Receiver()
+	for _, s := range []string{"running", "done"} {
+		if err := state.Send(s); err != nil {
+			fmt.Println(err)
+		}
+	}
+	state.Close()
+
+	for {
+		s, err := receiver.Recv(ctx)
+		if errors.Is(err, etcdutil.ErrClosed) {
+			fmt.Println("closed")
+			return
+		}
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		fmt.Println(s)
+	}
+	// Output:
+	// done
+	// closed
+}
