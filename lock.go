@@ -825,13 +825,18 @@ func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error)
 		return 0, err
 	}
 	rev, err := l.commit(ctx, commitment{config: &l.config, ops: ops})
-	switch {
-	case err == nil:
-		return rev, nil
-	case ctx.Err() != nil && !isContextEnd(err):
-		return 0, fmt.Errorf("etcdutil: commit under %q: %w: %w", l.name, err, ctx.Err())
+	if err != nil {
+		return 0, fmt.Errorf("etcdutil: commit under %q: %w", l.name, orEnded(ctx, err))
 	}
-	return 0, fmt.Errorf("etcdutil: commit under %q: %w", l.name, err)
+	return rev, nil
+}
+
+// orEnded adds to err that ctx has ended, if it has.
+func orEnded(ctx context.Context, err error) error {
+	if ctx.Err() != nil && !isContextEnd(err) {
+		return fmt.Errorf("%w: %w", err, ctx.Err())
+	}
+	return err
 }
 
 func (l *Lock) checkOps(ops []clientv3.Op) error {

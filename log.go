@@ -1,10 +1,366 @@
 package etcdutil
 
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"sync"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
 // A LogOption shapes a log's writer or reader.
 type LogOption interface{ applyLog(*logConfig) }
 
 type logConfig struct {
 	watchConfig
+	every *Revision // nil: the latest entry alone
 }
 
+type logOption func(*logConfig)
+
+func (o logOption) applyLog(c *logConfig) { o(c) }
+
 func (o codecOption) applyLog(c *logConfig) { c.codec = o.codec }
+
+// WithEveryEntry has a reader read every entry from this revision on, inclusive, in order, instead of the latest: 0 or 1 is
+// from the first one on. A negative one is refused, and so is the option for a writer. Where entries were compacted, the
+// reader ends with ErrGap.
+func WithEveryEntry(from Revision) LogOption {
+	return logOption(func(c *logConfig) { c.every = &from })
+}
+
+func (c *logConfig) validate(name string) error {
+	if err := validateName(name); err != nil {
+		return err
+	}
+	if c.every != nil {
+		if *c.every < 0 {
+			return fmt.Errorf("etcdutil: WithEveryEntry is negative: %d", *c.every)
+		}
+		c.from = max(*c.every, 1)
+	}
+	c.snapshot = c.every == nil
+	return c.watchConfig.validate(name)
+}
+
+// Entry is an entry of a log.
+type Entry[T any] struct {
+	Value T
+	// Version is 1 for the first entry, and grows by one with each. It begins again when the log, that is its key, is deleted.
+	Version int64
+	// Revision is the store's when the entry was written.
+	Revision Revision
+}
+
+// LogWriter writes a log under a lock. It is a context.Context, derived from the lock: it ends when the lock does, or on
+// Close.
+//
+// All methods are safe for concurrent use; writes take turns.
+type LogWriter[T any] struct {
+	lifetime
+	config  config
+	codec   Codec
+	lock    *Lock
+	name    string
+	closing sync.Once
+	lost    error // of the lock, before Close
+
+	writing  chan struct{} // held by the Write that is under way; guards the fields below
+	last     position
+	open     []byte // the value of a write whose outcome is unknown
+	isOpen   bool
+	conflict error
+}
+
+// position is where a log ends: its last entry's version and revision, 0 if there is none.
+type position struct {
+	version  int64
+	revision Revision
+}
+
+func positionOf(kv *mvccpb.KeyValue) position {
+	if kv == nil {
+		return position{}
+	}
+	return position{kv.Version, kv.ModRevision}
+}
+
+// NewLogWriter makes a writer of the log of this name, a key, which only the holder of lock is to write. The writer's parent
+// is the lock; ctx bounds this call alone, which reads where the log ends. Retries are the lock's unless [WithRetryPolicy]
+// says otherwise.
+//
+// Errors: ErrInvalidName; a nil lock is refused; a lock that is lost or closed gives its cause; what etcd answered.
+func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...LogOption) (*LogWriter[T], error) {
+	if ctx == nil {
+		panic("etcdutil: nil ctx")
+	}
+	if lock == nil {
+		return nil, errors.New("etcdutil: lock is nil")
+	}
+	c := logConfig{watchConfig: watchConfig{config: lock.config, codec: JSON}}
+	for _, o := range opts {
+		o.applyLog(&c)
+	}
+	switch err := c.validate(name); {
+	case err != nil:
+		return nil, err
+	case c.every != nil:
+		return nil, errors.New("etcdutil: WithEveryEntry is for readers")
+	case name == lock.key:
+		return nil, fmt.Errorf("etcdutil: name is the lock's own key %q", name)
+	}
+	w := &LogWriter[T]{config: c.config, codec: c.codec, lock: lock, name: name, writing: make(chan struct{}, 1)}
+	kv, err := w.read(ctx)
+	if lost := lock.lost(); lost != nil {
+		err = lost
+	}
+	if err != nil {
+		return nil, fmt.Errorf("etcdutil: write log %q: %w", name, err)
+	}
+	w.last = positionOf(kv)
+	w.begin(lock)
+	return w, nil
+}
+
+// read returns the last entry, nil if there is none.
+func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
+	resp, err := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return w.config.client.Get(ctx, w.name)
+	})
+	if err != nil || len(resp.Kvs) == 0 {
+		return nil, err
+	}
+	return resp.Kvs[0], nil
+}
+
+// Write appends v, exactly once, and returns its version. It is a [Lock.Commit] that also compares the log, and works as long
+// as that does: after the end of the lock's parent too, but not after Close.
+//
+// ErrLockLost says that nothing was written, and so do ErrClosed and ErrLogConflict: somebody wrote the log who is not this
+// writer, and the lock may still be held. A writer stays so; NewLogWriter goes on from what is there. A log that was
+// deleted is no conflict, it starts again at version 1. ErrUnknownOutcome says that v may have been written: the next
+// Write finds out first. Any other error is the reason why nothing was written: that v cannot be encoded, or is too large
+// for etcd (1.5 MB unless configured).
+func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error) {
+	if ctx == nil {
+		panic("etcdutil: nil ctx")
+	}
+	data, err := w.codec.Marshal(v)
+	if err != nil {
+		return 0, fmt.Errorf("etcdutil: write log %q: v cannot be encoded: %w", w.name, err)
+	}
+	select {
+	case w.writing <- struct{}{}:
+		defer func() { <-w.writing }()
+	case <-ctx.Done():
+		return 0, fmt.Errorf("etcdutil: write log %q: %w", w.name, ended(ctx))
+	}
+	if err := w.write(ctx, data); err != nil {
+		return 0, fmt.Errorf("etcdutil: write log %q (%d bytes): %w", w.name, len(data), orEnded(ctx, err))
+	}
+	return w.last.version, nil
+}
+
+func (w *LogWriter[T]) write(ctx context.Context, data []byte) error {
+	for {
+		if err := w.ready(ctx); err != nil {
+			return err
+		}
+		rev, err := w.lock.commit(ctx, commitment{
+			config: &w.config,
+			guards: []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)},
+			ops:    []clientv3.Op{clientv3.OpPut(w.name, string(data))},
+		})
+		switch {
+		case err == nil:
+			w.last = position{w.last.version + 1, rev}
+			return nil
+		case errors.Is(err, ErrUnknownOutcome):
+			w.open, w.isOpen = data, true
+			return err
+		case !errors.Is(err, errGuard):
+			return err
+		}
+		if err := w.catchUp(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// ready makes sure that what is known of the log is true, but for what others do.
+func (w *LogWriter[T]) ready(ctx context.Context) error {
+	if closed := context.Cause(w.held); closed != nil {
+		return closed
+	}
+	if w.isOpen {
+		// An empty Commit settles what an earlier one left open.
+		if _, err := w.lock.commit(ctx, commitment{config: &w.config}); err != nil {
+			return w.lock.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %v", err))
+		}
+		if err := w.catchUp(ctx); err != nil {
+			return err
+		}
+	}
+	return w.conflict
+}
+
+// catchUp finds out what became of the log.
+func (w *LogWriter[T]) catchUp(ctx context.Context) error {
+	kv, err := w.read(ctx)
+	if err != nil {
+		return err
+	}
+	now := positionOf(kv)
+	switch {
+	case kv == nil, now == w.last:
+	case w.isOpen && now.version == w.last.version+1 && bytes.Equal(kv.Value, w.open): // it was applied
+	default:
+		w.conflict = fmt.Errorf("%w: it is at version %d, revision %d", ErrLogConflict, now.version, now.revision)
+	}
+	w.last, w.open, w.isOpen = now, nil, false
+	return w.conflict
+}
+
+// Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on. It returns nil, or
+// ErrLockLost if the lock was lost before; so do further calls.
+func (w *LogWriter[T]) Close() error {
+	w.closing.Do(func() {
+		if lost := w.lock.lost(); errors.Is(lost, ErrLockLost) {
+			w.lost = lost
+		}
+		w.finish(ErrClosed)
+	})
+	return w.lost
+}
+
+// LogReader reads a log. It is a context.Context: Done closes when the reader has ended, and context.Cause says why.
+//
+// All methods are safe for concurrent use: each entry is read once.
+type LogReader[T any] struct {
+	*lifetime // the watcher's
+	watcher   *Watcher[T]
+	latest    *Receiver[Event[T]] // nil if every entry is read
+}
+
+// NewLogReader makes a reader of the log of this name, which may not exist yet. ctx is the reader's parent. It reads the
+// current entry first, if there is one, and then the latest unread, so that entries are skipped if it is slower than the
+// writer; or every entry, see [WithEveryEntry].
+//
+// Errors: ErrInvalidName; what etcd answered, when [RetryPolicy] has given up, which counts for this call alone: later
+// the reader resumes for as long as it takes. See [Watch], which it is made of, for what ends it.
+func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name string, opts ...LogOption) (*LogReader[T], error) {
+	if err := requireClient(ctx, client); err != nil {
+		return nil, err
+	}
+	c := logConfig{watchConfig: watchConfig{config: config{logger: discard, client: client}, codec: JSON}}
+	for _, o := range opts {
+		o.applyLog(&c)
+	}
+	if err := c.validate(name); err != nil {
+		return nil, err
+	}
+	w, err := newWatcher[T](ctx, name, &c.watchConfig)
+	if err != nil {
+		return nil, fmt.Errorf("etcdutil: read log %q: %w", name, err)
+	}
+	r := &LogReader[T]{lifetime: &w.lifetime, watcher: w}
+	if c.every == nil {
+		r.latest = latest(w)
+	}
+	return r, nil
+}
+
+// latest keeps the latest entry that a watcher has told.
+func latest[T any](w *Watcher[T]) *Receiver[Event[T]] {
+	n := NewNotify[Event[T]](context.WithoutCancel(w.ctx))
+	w.pumping.Go(func() { // until the watcher ends
+		for e := range w.Events() {
+			if e.Type == EventPut || e.Type == EventInvalid {
+				_ = n.Send(e)
+			}
+		}
+		_ = n.Close()
+	})
+	return n.Receiver()
+}
+
+// Read returns the next entry, and waits for it. Entries that were deleted with the log are not told.
+//
+// An entry that does not decode is an error, together with the entry's version and revision; the next Read goes on. Once
+// the reader has ended the error is its cause: ErrGap after the last entry before the gap, ErrClosed, or the parent's end.
+// ctx bounds this call alone: its end gives an error that Is ctx.Err() and context.Cause(ctx).
+func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
+	if ctx == nil {
+		panic("etcdutil: nil ctx")
+	}
+	e, err := r.event(ctx)
+	switch {
+	case err != nil:
+		return Entry[T]{}, err
+	case e.Type == EventInvalid:
+		err = fmt.Errorf("etcdutil: log %q: version %d does not decode: %w", e.Key, e.Version, e.Err)
+	}
+	return Entry[T]{e.Value, e.Version, e.Revision}, err
+}
+
+// event returns the next event that is an entry.
+func (r *LogReader[T]) event(ctx context.Context) (Event[T], error) {
+	if context.Cause(r.held) == ErrClosed {
+		return Event[T]{}, ErrClosed
+	}
+	if r.latest != nil {
+		e, err := r.latest.Recv(ctx)
+		if err != nil && ctx.Err() == nil {
+			err = r.over()
+		}
+		return e, err
+	}
+	for {
+		select {
+		case e, ok := <-r.watcher.Events():
+			switch {
+			case !ok:
+				return e, r.over()
+			case e.Type == EventPut, e.Type == EventInvalid:
+				return e, nil
+			}
+		case <-ctx.Done():
+			return Event[T]{}, ended(ctx)
+		}
+	}
+}
+
+// over is why the reader has ended.
+func (r *LogReader[T]) over() error {
+	if cause := context.Cause(r.held); cause != nil {
+		return cause
+	}
+	return ended(r)
+}
+
+// All reads on and on. It ends when the loop is left, on Close and with the reader's parent, and else after an error, which
+// it yields; one entry that does not decode is yielded as an error and does not end it.
+func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
+	return func(yield func(Entry[T], error) bool) {
+		for {
+			e, err := r.Read(context.WithoutCancel(r))
+			if err != nil && r.Err() != nil {
+				if cause := context.Cause(r.held); cause != nil && cause != ErrClosed {
+					yield(e, err)
+				}
+				return
+			}
+			if !yield(e, err) {
+				return
+			}
+		}
+	}
+}
+
+// Close ends the reader with ErrClosed. It returns nil, or the cause if the reader had ended before by itself; so do further
+// calls.
+func (r *LogReader[T]) Close() error { return r.watcher.Close() }
