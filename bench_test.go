@@ -2,9 +2,11 @@ package etcdutil
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -165,24 +167,29 @@ func repeat(b *testing.B, l locker) func(n int) {
 	}
 }
 
-// takeTurns runs the two libraries in turn in blocks of n ops, and reports the medians over the blocks and their ratio.
+// takeTurns compares the two libraries.
 func takeTurns(b *testing.B, n int, run func(lib library) func(n int)) {
-	runs := make([]func(n int), len(libraries))
+	names, runs := make([]string, len(libraries)), make([]func(n int), len(libraries))
 	for i, lib := range libraries {
-		runs[i] = run(lib)
+		names[i], runs[i] = lib.name, run(lib)
 	}
-	times := make([][]time.Duration, len(libraries))
+	compare(b, n, names, runs)
+}
+
+// compare runs two contestants in turn in blocks of n ops, and reports the medians over the blocks and their ratio.
+func compare(b *testing.B, n int, names []string, runs []func(n int)) {
+	times := make([][]time.Duration, len(runs))
 	b.ResetTimer()
 	for done := 0; done < b.N; done += n {
-		for i := range libraries {
+		for i, run := range runs {
 			start := time.Now()
-			runs[i](n)
+			run(n)
 			times[i] = append(times[i], time.Since(start)/time.Duration(n))
 		}
 	}
-	b.ReportMetric(0, "ns/op") // both libraries' together, which says nothing
-	for i, lib := range libraries {
-		b.ReportMetric(float64(median(times[i]).Microseconds()), lib.name+"-µs/op")
+	b.ReportMetric(0, "ns/op") // both contestants' together, which says nothing
+	for i, name := range names {
+		b.ReportMetric(float64(median(times[i]).Nanoseconds())/1000, name+"-µs/op")
 	}
 	b.ReportMetric(float64(median(times[0]))/float64(median(times[1])), "ratio")
 }
@@ -190,6 +197,111 @@ func takeTurns(b *testing.B, n int, run func(lib library) func(n int)) {
 func median(times []time.Duration) time.Duration {
 	slices.Sort(times)
 	return times[len(times)/2]
+}
+
+// An op is one live event: a put by another client, received as a struct that was decoded from JSON. A round is a burst of
+// puts, and its time that until the last is received: by a Watcher, and by a loop over clientv3.Watch and json.Unmarshal.
+func BenchmarkWatch(b *testing.B) {
+	const burst = 500
+	cluster := etcdtest.Start(b, 1)
+	watched, writer := cluster.Client(b), cluster.Client(b)
+	type setting struct {
+		Name string
+		Size int
+		Tags []string
+	}
+	value, err := json.Marshal(setting{"a name of some length", 12345, []string{"one", "two", "three"}})
+	require.NoError(b, err)
+
+	typed, err := Watch[setting](b.Context(), watched, "typed/", WithPrefix())
+	require.NoError(b, err)
+	bare := make(chan setting)
+	go func() { // until the benchmark ends
+		for resp := range watched.Watch(b.Context(), "bare/", clientv3.WithPrefix()) {
+			for _, e := range resp.Events {
+				var s setting
+				if err := json.Unmarshal(e.Kv.Value, &s); err != nil {
+					panic(err)
+				}
+				bare <- s
+			}
+		}
+	}()
+	round := func(prefix string, receive func()) func(n int) {
+		return func(n int) {
+			go write(b, writer, prefix, string(value), n)
+			for range n {
+				receive()
+			}
+		}
+	}
+	compare(b, burst, []string{"etcdutil", "clientv3"}, []func(n int){
+		round("typed/", func() { <-typed.Events() }),
+		round("bare/", func() { <-bare }),
+	})
+	require.NoError(b, typed.Close())
+}
+
+// write puts n keys, 100 of them in a transaction.
+func write(b *testing.B, client *clientv3.Client, prefix, value string, n int) {
+	for done := 0; done < n; {
+		var ops []clientv3.Op
+		for ; done < n && len(ops) < 100; done++ {
+			ops = append(ops, clientv3.OpPut(fmt.Sprint(prefix, done), value))
+		}
+		if _, err := client.Txn(b.Context()).Then(ops...).Commit(); err != nil {
+			b.Error(err)
+		}
+	}
+}
+
+// What a followed key costs that has a value of 100 bytes: the watcher's own memory, and none of the server's.
+func BenchmarkFollowedKey(b *testing.B) {
+	const keys = 20_000
+	cluster := etcdtest.Start(b, 1)
+	client := cluster.Client(b)
+	write(b, client, "followed/", fmt.Sprintf("%q", strings.Repeat("x", 98)), keys)
+	for _, opts := range [][]WatchOption{{WithPrefix(), WithSnapshot()}, {WithPrefix(), WithSnapshot(), WithPrev()}} {
+		b.Run(fmt.Sprintf("prev=%t", len(opts) == 3), func(b *testing.B) {
+			var w *Watcher[string]
+			reportCost(b, keys, func() {
+				var err error
+				w, err = Watch[string](b.Context(), client, "followed/", opts...)
+				require.NoError(b, err)
+				for e := range w.Events() {
+					if e.Type == EventSynced {
+						return
+					}
+				}
+			})
+			require.NoError(b, w.Close())
+		})
+	}
+}
+
+// An op is one entry written under a held lock, or one bare put in a transaction that compares nothing.
+func BenchmarkLogWrite(b *testing.B) {
+	client := etcdtest.Start(b, 1).Client(b)
+	lock, err := Acquire(b.Context(), client, "log", WithTTL(time.Minute))
+	require.NoError(b, err)
+	log, err := NewLogWriter[string](b.Context(), lock, "entries", WithCodec(Raw))
+	require.NoError(b, err)
+	value := strings.Repeat("x", 100)
+	compare(b, 50, []string{"etcdutil", "clientv3"}, []func(n int){
+		func(n int) {
+			for range n {
+				_, err := log.Write(b.Context(), value)
+				require.NoError(b, err)
+			}
+		},
+		func(n int) {
+			for range n {
+				_, err := client.Txn(b.Context()).Then(clientv3.OpPut("bare", value)).Commit()
+				require.NoError(b, err)
+			}
+		},
+	})
+	require.NoError(b, lock.Close())
 }
 
 // What a held lock on a shared lease costs, once its watch stands: heap and goroutines.

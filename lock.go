@@ -824,7 +824,7 @@ func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error)
 	if err := l.checkOps(ops); err != nil {
 		return 0, err
 	}
-	rev, err := l.commit(ctx, commitment{config: &l.config, ops: ops})
+	rev, err := l.exclusively(ctx, &l.config, func(ctx context.Context) (Revision, error) { return l.bump(ctx, &l.config, ops) })
 	if err != nil {
 		return 0, fmt.Errorf("etcdutil: commit under %q: %w", l.name, orEnded(ctx, err))
 	}
@@ -878,17 +878,9 @@ func writes(op clientv3.Op, key []byte) bool {
 	return bytes.Compare(begin, key) <= 0 && bytes.Compare(key, end) < 0
 }
 
-// commitment is what to commit: ops, if the lock is held and guards hold as well.
-type commitment struct {
-	config *config
-	guards []clientv3.Cmp
-	ops    []clientv3.Op
-}
-
-// errGuard says that a commitment's own guards did not hold, so that it was not applied.
-var errGuard = errors.New("etcdutil: a guard did not hold")
-
-func (l *Lock) commit(ctx context.Context, c commitment) (Revision, error) {
+// exclusively runs a transaction under the lock: alone, with nothing left that an earlier one has sent and that may yet be
+// applied, and in a context that ends when the lock is lost.
+func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Context) (Revision, error)) (Revision, error) {
 	select {
 	case l.committing <- struct{}{}:
 		defer func() { <-l.committing }()
@@ -902,61 +894,55 @@ func (l *Lock) commit(ctx context.Context, c commitment) (Revision, error) {
 	defer cancel(nil)
 	defer context.AfterFunc(l.held, func() { cancel(context.Cause(l.held)) })()
 	if l.unsettled {
-		// What an earlier Commit sent compares the version, so it can no longer be applied once that is bumped.
-		if _, err := l.bump(held, commitment{config: c.config}); err != nil {
+		// What was sent before compares the version, so it can no longer be applied once that is bumped.
+		if _, err := l.bump(held, c, nil); err != nil {
 			return 0, l.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %v", err))
 		}
 	}
-	return l.bump(held, c)
+	return f(held)
 }
 
-// bump applies c and raises the version of the lock's key in one transaction, if the lock is held and the version is
-// the last one known. By the version, one read tells after a lost answer whether it was applied: nobody else raises it.
-func (l *Lock) bump(ctx context.Context, c commitment) (Revision, error) {
-	guards := append([]clientv3.Cmp{l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)}, c.guards...)
-	then := append(append([]clientv3.Op{}, c.ops...),
+// isCurrent compares whether the lock is held, and its key is of the last version known.
+func (l *Lock) isCurrent() []clientv3.Cmp {
+	return []clientv3.Cmp{l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)}
+}
+
+// bump applies ops and raises the version of the lock's key in one transaction, if that is current. By the version, one read
+// tells after a lost answer whether it was applied: nobody else raises it.
+func (l *Lock) bump(ctx context.Context, c *config, ops []clientv3.Op) (Revision, error) {
+	then := append(append([]clientv3.Op{}, ops...),
 		clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))
-	doubt, straggler := false, false
-	resp, err := retry(ctx, c.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, err := l.config.client.Txn(ctx).
-			If(guards...).
-			Then(then...).
-			Else(clientv3.OpGet(l.key)).
-			Commit()
-		doubt = doubt || IsAmbiguous(err)
-		// Without space left etcd may have applied it, but will not do so later.
-		straggler = straggler || IsAmbiguous(err) && !errors.Is(err, rpctypes.ErrNoSpace)
-		return resp, err
-	})
+	resp, doubt, err := l.transact(ctx, c, l.isCurrent(), then, []clientv3.Op{clientv3.OpGet(l.key)})
 	switch {
-	case err != nil && doubt:
-		return l.readBack(ctx, err, straggler)
+	case err != nil && doubt.applied:
+		return l.readBack(ctx, err, doubt.straggler)
 	case err != nil:
 		return 0, l.definite(err)
 	case resp.Succeeded:
 		return l.settled(resp.Header.Revision), nil
 	}
-	kv := l.mine(resp.Responses[0].GetResponseRange().Kvs)
-	if kv != nil && kv.Version == l.version && len(c.guards) > 0 {
-		return 0, l.guarded(ctx, c.config, straggler)
-	}
-	return l.resolve(kv, doubt)
+	return l.resolve(l.mine(resp.Responses[0].GetResponseRange().Kvs), doubt.applied)
 }
 
-// guarded is the error for a commitment whose guards did not hold. They could hold again when a straggler arrives, which is
-// therefore kept from being applied.
-func (l *Lock) guarded(ctx context.Context, c *config, straggler bool) error {
-	if !straggler {
-		return errGuard
-	}
-	_, err := l.bump(ctx, commitment{config: c})
-	switch {
-	case err == nil:
-		return errGuard
-	case errors.Is(err, ErrLockLost):
-		return err
-	}
-	return l.unknown(err)
+// doubt is what the attempts at a transaction leave open that were not answered.
+type doubt struct {
+	applied   bool // one of them may have been applied
+	straggler bool // one may yet be
+}
+
+// transact repeats a guarded transaction until it is answered.
+func (l *Lock) transact(ctx context.Context, c *config, guards []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, doubt, error) {
+	var d doubt
+	resp, err := retry(ctx, c, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		resp, err := l.config.client.Txn(ctx).If(guards...).Then(then...).Else(otherwise...).Commit()
+		if IsAmbiguous(err) {
+			d.applied = true
+			// Without space left etcd may have applied it, but will not do so later.
+			d.straggler = d.straggler || !errors.Is(err, rpctypes.ErrNoSpace)
+		}
+		return resp, err
+	})
+	return resp, d, err
 }
 
 func (l *Lock) settled(rev Revision) Revision {

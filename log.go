@@ -166,65 +166,128 @@ func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error
 }
 
 func (w *LogWriter[T]) write(ctx context.Context, data []byte) error {
-	for {
-		if err := w.ready(ctx); err != nil {
-			return err
-		}
-		rev, err := w.lock.commit(ctx, commitment{
-			config: &w.config,
-			guards: []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)},
-			ops:    []clientv3.Op{clientv3.OpPut(w.name, string(data))},
-		})
-		switch {
-		case err == nil:
-			w.last = position{w.last.version + 1, rev}
-			return nil
-		case errors.Is(err, ErrUnknownOutcome):
-			w.open, w.isOpen = data, true
-			return err
-		case !errors.Is(err, errGuard):
-			return err
-		}
-		if err := w.catchUp(ctx); err != nil {
-			return err
-		}
-	}
-}
-
-// ready makes sure that what is known of the log is true, but for what others do.
-func (w *LogWriter[T]) ready(ctx context.Context) error {
 	if closed := context.Cause(w.held); closed != nil {
 		return closed
 	}
-	if w.isOpen {
-		// An empty Commit settles what an earlier one left open.
-		if _, err := w.lock.commit(ctx, commitment{config: &w.config}); err != nil {
-			return w.lock.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %v", err))
+	_, err := w.lock.exclusively(ctx, &w.config, func(ctx context.Context) (Revision, error) {
+		err := w.settle(ctx)
+		if err == nil {
+			err = w.append(ctx, data)
 		}
-		if err := w.catchUp(ctx); err != nil {
+		return w.last.revision, err
+	})
+	return err
+}
+
+// settle finds out what became of a write of unknown outcome, which can no longer be applied late.
+func (w *LogWriter[T]) settle(ctx context.Context) error {
+	if !w.isOpen {
+		return w.conflict
+	}
+	entry, err := w.read(ctx)
+	if err != nil {
+		return w.lock.definite(err)
+	}
+	if entry != nil && positionOf(entry) != w.last && !w.isNext(entry, w.open) {
+		w.conflict = conflictAt(entry)
+	}
+	w.last, w.open, w.isOpen = positionOf(entry), nil, false
+	return w.conflict
+}
+
+// isNext tells whether an entry, nil if there is none, is the next one, and of this value.
+func (w *LogWriter[T]) isNext(entry *mvccpb.KeyValue, data []byte) bool {
+	return entry != nil && entry.Version == w.last.version+1 && bytes.Equal(entry.Value, data)
+}
+
+func conflictAt(entry *mvccpb.KeyValue) error {
+	return fmt.Errorf("%w: it is at version %d, revision %d", ErrLogConflict, entry.Version, entry.ModRevision)
+}
+
+// errAgain says that nothing was written, and that it is worth another try.
+var errAgain = errors.New("etcdutil: again")
+
+// append writes the next entry, if the lock is held and the log ends where it is known to. It is done like a Commit, but after
+// a lost answer it is the log that tells whether it was applied: one put is enough.
+func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
+	for {
+		guards := append(w.lock.isCurrent(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision))
+		put := []clientv3.Op{clientv3.OpPut(w.name, string(data))}
+		resp, doubt, err := w.lock.transact(ctx, &w.config, guards, put, w.reads())
+		switch {
+		case err == nil && resp.Succeeded:
+			w.last = position{w.last.version + 1, resp.Header.Revision}
+			return nil
+		case err == nil:
+			err = w.resolve(resp, data, doubt)
+		case doubt.applied:
+			err = w.readBack(ctx, data, doubt, err)
+		default:
+			err = w.lock.definite(err)
+		}
+		if err != errAgain {
 			return err
 		}
 	}
-	return w.conflict
 }
 
-// catchUp finds out what became of the log.
-func (w *LogWriter[T]) catchUp(ctx context.Context) error {
-	kv, err := w.read(ctx)
-	if err != nil {
-		return err
+// reads reads what the guards compare.
+func (w *LogWriter[T]) reads() []clientv3.Op {
+	return []clientv3.Op{clientv3.OpGet(w.lock.key), clientv3.OpGet(w.name)}
+}
+
+// resolve tells from what was read whether an earlier attempt was applied. It is errAgain if none was by now.
+func (w *LogWriter[T]) resolve(read *clientv3.TxnResponse, data []byte, d doubt) error {
+	key := w.lock.mine(read.Responses[0].GetResponseRange().Kvs)
+	var entry *mvccpb.KeyValue
+	if kvs := read.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
+		entry = kvs[0]
 	}
-	now := positionOf(kv)
+	now := positionOf(entry)
 	switch {
-	case kv == nil, now == w.last:
-	case w.isOpen && now.version == w.last.version+1 && bytes.Equal(kv.Value, w.open): // it was applied
+	case d.applied && w.isNext(entry, data):
+		w.last = now
+		return nil
+	case d.applied && now != w.last:
+		return w.unknown(data, "the log went on or was deleted meanwhile")
+	case key == nil:
+		return w.lock.keyGone()
+	case key.Version != w.lock.version: // somebody else wrote it, though only the lock should
+		w.lock.version = key.Version
+	case now == w.last: // and what was sent may still be on its way
+	case entry == nil:
+		w.last = now
 	default:
-		w.conflict = fmt.Errorf("%w: it is at version %d, revision %d", ErrLogConflict, now.version, now.revision)
+		w.conflict = conflictAt(entry)
+		return w.conflict
 	}
-	w.last, w.open, w.isOpen = now, nil, false
-	return w.conflict
+	return errAgain
 }
 
+// readBack tells whether a transaction that failed with err, and may have been applied, was.
+func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, d doubt, err error) error {
+	if ctx.Err() != nil {
+		return w.unknown(data, err)
+	}
+	read, readErr := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		return w.config.client.Txn(ctx).Then(w.reads()...).Commit()
+	})
+	if readErr != nil {
+		return w.unknown(data, err)
+	}
+	switch resolved := w.resolve(read, data, d); {
+	case resolved != errAgain:
+		return resolved
+	case d.straggler:
+		return w.unknown(data, err)
+	}
+	return err
+}
+
+func (w *LogWriter[T]) unknown(data []byte, why any) error {
+	w.open, w.isOpen = data, true
+	return w.lock.unknown(why)
+}
 // Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on. It returns nil, or
 // ErrLockLost if the lock was lost before; so do further calls.
 func (w *LogWriter[T]) Close() error {
