@@ -535,10 +535,9 @@ func (f *feed) pump() error {
 		default: // it may be the stream's fault: that it is stuck, or was opened with a token that has expired
 			f.stream++
 		}
-		if heard {
-			failed = 0
+		if failed++; heard || errors.Is(err, errBroken) {
+			failed = 1
 		}
-		failed++
 		sleep(f.ctx, f.retry.withDefaults().backoff(failed))
 		if !errors.Is(err, rpctypes.ErrCompacted) {
 			_, err = f.look(&f.config, 0)
