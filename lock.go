@@ -2,6 +2,7 @@ package etcdutil
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,7 @@ type Lock struct {
 
 	committing chan struct{} // held by the Commit that is under way; guards the fields below
 	version    int64         // of the key
+	revision   Revision      // of the key's last change
 	unsettled  bool          // an earlier Commit may still be applied
 }
 
@@ -406,7 +408,7 @@ func (l *Lock) found(ctx context.Context) (written bool, contenders *etcdserverp
 
 // entered notes the token.
 func (l *Lock) entered(token Revision) {
-	l.token, l.version = token, 1
+	l.token, l.version, l.revision = token, 1, token
 	l.watching.Add(1)
 	l.watch = time.AfterFunc(keyWatchDelay, l.watchKey)
 }
@@ -696,7 +698,7 @@ func (l *Lock) IsOwner() clientv3.Cmp {
 // Alive asks the server whether the lock's key is there. It answers whatever the state of the context, and changes
 // nothing.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
-	kv, err := l.read(ctx)
+	kv, err := l.read(ctx, &l.config)
 	if err != nil {
 		return false, fmt.Errorf("etcdutil: ask for lock %q: %w", l.name, err)
 	}
@@ -704,8 +706,8 @@ func (l *Lock) Alive(ctx context.Context) (bool, error) {
 }
 
 // read returns the lock's key, nil if it is gone.
-func (l *Lock) read(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := retry(ctx, &l.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+func (l *Lock) read(ctx context.Context, c *config) (*mvccpb.KeyValue, error) {
+	resp, err := retry(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return l.config.client.Get(ctx, l.key)
 	})
 	if err != nil {
@@ -902,9 +904,10 @@ func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Co
 	return f(held)
 }
 
-// isCurrent compares whether the lock is held, and its key is of the last version known.
-func (l *Lock) isCurrent() []clientv3.Cmp {
-	return []clientv3.Cmp{l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)}
+// isCurrent compares whether the lock is held, and nothing was committed since what is known of it: a key that was deleted and
+// created again has another revision as well.
+func (l *Lock) isCurrent() clientv3.Cmp {
+	return clientv3.Compare(clientv3.ModRevision(l.key), "=", l.revision)
 }
 
 // bump applies ops and raises the version of the lock's key in one transaction, if that is current. By the version, one read
@@ -912,16 +915,14 @@ func (l *Lock) isCurrent() []clientv3.Cmp {
 func (l *Lock) bump(ctx context.Context, c *config, ops []clientv3.Op) (Revision, error) {
 	then := append(append([]clientv3.Op{}, ops...),
 		clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))
-	resp, doubt, err := l.transact(ctx, c, l.isCurrent(), then, []clientv3.Op{clientv3.OpGet(l.key)})
+	resp, d, err := l.transact(ctx, c, []clientv3.Cmp{l.isCurrent()}, then)
 	switch {
-	case err != nil && doubt.applied:
-		return l.readBack(ctx, err, doubt.straggler)
-	case err != nil:
+	case err != nil && !d.applied:
 		return 0, l.definite(err)
-	case resp.Succeeded:
+	case err == nil && resp.Succeeded:
 		return l.settled(resp.Header.Revision), nil
 	}
-	return l.resolve(l.mine(resp.Responses[0].GetResponseRange().Kvs), doubt.applied)
+	return l.readBack(ctx, c, err, d)
 }
 
 // doubt is what the attempts at a transaction leave open that were not answered.
@@ -931,10 +932,10 @@ type doubt struct {
 }
 
 // transact repeats a guarded transaction until it is answered.
-func (l *Lock) transact(ctx context.Context, c *config, guards []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, doubt, error) {
+func (l *Lock) transact(ctx context.Context, c *config, guards []clientv3.Cmp, then []clientv3.Op) (*clientv3.TxnResponse, doubt, error) {
 	var d doubt
 	resp, err := retry(ctx, c, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, err := l.config.client.Txn(ctx).If(guards...).Then(then...).Else(otherwise...).Commit()
+		resp, err := l.config.client.Txn(ctx).If(guards...).Then(then...).Commit()
 		if IsAmbiguous(err) {
 			d.applied = true
 			// Without space left etcd may have applied it, but will not do so later.
@@ -947,6 +948,7 @@ func (l *Lock) transact(ctx context.Context, c *config, guards []clientv3.Cmp, t
 
 func (l *Lock) settled(rev Revision) Revision {
 	l.version++
+	l.revision = rev
 	l.unsettled = false
 	return rev
 }
@@ -966,36 +968,29 @@ func (l *Lock) unknown(why any) error {
 	return fmt.Errorf("%w: %v", ErrUnknownOutcome, why)
 }
 
-// resolve tells from the lock's key, nil if it is gone, which was not as the transaction expected, whether an earlier
-// attempt at it was applied; doubt says that there may have been one.
-func (l *Lock) resolve(kv *mvccpb.KeyValue, doubt bool) (Revision, error) {
+// errRefused says that guards did not hold.
+var errRefused = errors.New("refused, although nothing has changed")
+
+// readBack tells whether a transaction was applied that was refused by its guard, or else failed with err.
+func (l *Lock) readBack(ctx context.Context, c *config, err error, d doubt) (Revision, error) {
+	kv, readErr := l.read(ctx, c)
 	switch {
-	case kv != nil && kv.Version == l.version+1 && string(kv.Value) == l.value:
-		return l.settled(kv.ModRevision), nil
-	case kv != nil:
-		l.version = kv.Version
-		return 0, l.unknown("the lock's key was written by somebody else")
-	case doubt:
+	case readErr != nil && !d.applied:
+		return 0, l.definite(readErr)
+	case readErr != nil:
+		return 0, l.unknown(cmp.Or(err, readErr))
+	case kv == nil && !d.applied:
+		return 0, l.keyGone()
+	case kv == nil:
 		_ = l.keyGone()
 		return 0, l.unknown("the lock's key is gone")
+	case kv.Version == l.version+1 && string(kv.Value) == l.value:
+		return l.settled(kv.ModRevision), nil
+	case kv.ModRevision != l.revision:
+		l.version, l.revision = kv.Version, kv.ModRevision
+		return 0, l.unknown("the lock's key was written by somebody else")
+	case d.straggler || err == nil:
+		return 0, l.unknown(cmp.Or(err, errRefused))
 	}
-	return 0, l.keyGone()
-}
-
-// readBack tells whether a transaction that failed with err, and may have been applied, was; straggler says that it may
-// still be.
-func (l *Lock) readBack(ctx context.Context, err error, straggler bool) (Revision, error) {
-	if ctx.Err() != nil {
-		return 0, l.unknown(err)
-	}
-	kv, readErr := l.read(ctx)
-	switch {
-	case readErr != nil:
-		return 0, l.unknown(err)
-	case kv == nil || kv.Version != l.version:
-		return l.resolve(kv, true)
-	case !straggler:
-		return 0, err
-	}
-	return 0, l.unknown(err)
+	return 0, err
 }

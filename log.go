@@ -2,6 +2,7 @@ package etcdutil
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -131,10 +132,10 @@ func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
 	resp, err := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return w.config.client.Get(ctx, w.name)
 	})
-	if err != nil || len(resp.Kvs) == 0 {
+	if err != nil {
 		return nil, err
 	}
-	return resp.Kvs[0], nil
+	return first(resp.Kvs), nil
 }
 
 // Write appends v, exactly once, and returns its version. It is a [Lock.Commit] that also compares the log, and works as long
@@ -211,77 +212,61 @@ var errAgain = errors.New("etcdutil: again")
 // a lost answer it is the log that tells whether it was applied: one put is enough.
 func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
 	for {
-		guards := append(w.lock.isCurrent(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision))
-		put := []clientv3.Op{clientv3.OpPut(w.name, string(data))}
-		resp, doubt, err := w.lock.transact(ctx, &w.config, guards, put, w.reads())
+		guards := []clientv3.Cmp{w.lock.isCurrent(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)}
+		resp, d, err := w.lock.transact(ctx, &w.config, guards, []clientv3.Op{clientv3.OpPut(w.name, string(data))})
 		switch {
+		case err != nil && !d.applied:
+			return w.lock.definite(err)
 		case err == nil && resp.Succeeded:
 			w.last = position{w.last.version + 1, resp.Header.Revision}
 			return nil
-		case err == nil:
-			err = w.resolve(resp, data, doubt)
-		case doubt.applied:
-			err = w.readBack(ctx, data, doubt, err)
-		default:
-			err = w.lock.definite(err)
 		}
-		if err != errAgain {
+		if err := w.readBack(ctx, data, err, d); err != errAgain {
 			return err
 		}
 	}
 }
 
-// reads reads what the guards compare.
-func (w *LogWriter[T]) reads() []clientv3.Op {
-	return []clientv3.Op{clientv3.OpGet(w.lock.key), clientv3.OpGet(w.name)}
-}
-
-// resolve tells from what was read whether an earlier attempt was applied. It is errAgain if none was by now.
-func (w *LogWriter[T]) resolve(read *clientv3.TxnResponse, data []byte, d doubt) error {
-	key := w.lock.mine(read.Responses[0].GetResponseRange().Kvs)
-	var entry *mvccpb.KeyValue
-	if kvs := read.Responses[1].GetResponseRange().Kvs; len(kvs) > 0 {
-		entry = kvs[0]
+// readBack tells whether a transaction was applied that was refused by its guards, or else failed with err.
+func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, err error, d doubt) error {
+	read, readErr := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		return w.config.client.Txn(ctx).Then(clientv3.OpGet(w.lock.key), clientv3.OpGet(w.name)).Commit()
+	})
+	switch {
+	case readErr != nil && !d.applied:
+		return w.lock.definite(readErr)
+	case readErr != nil:
+		return w.unknown(data, cmp.Or(err, readErr))
 	}
+	key := w.lock.mine(read.Responses[0].GetResponseRange().Kvs)
+	entry := first(read.Responses[1].GetResponseRange().Kvs)
 	now := positionOf(entry)
 	switch {
-	case d.applied && w.isNext(entry, data):
+	case w.isNext(entry, data): // clientv3 may have repeated it, and been refused
 		w.last = now
 		return nil
 	case d.applied && now != w.last:
 		return w.unknown(data, "the log went on or was deleted meanwhile")
 	case key == nil:
 		return w.lock.keyGone()
-	case key.Version != w.lock.version: // somebody else wrote it, though only the lock should
-		w.lock.version = key.Version
-	case now == w.last: // and what was sent may still be on its way
-	case entry == nil:
-		w.last = now
-	default:
+	case d.straggler || d.applied && err == nil:
+		return w.unknown(data, cmp.Or(err, errRefused))
+	case d.applied: // out of space
+		return err
+	case now != w.last && entry != nil:
 		w.conflict = conflictAt(entry)
 		return w.conflict
 	}
+	// The log was deleted, or somebody else wrote the lock's key, though only the lock should.
+	w.last, w.lock.version, w.lock.revision = now, key.Version, key.ModRevision
 	return errAgain
 }
 
-// readBack tells whether a transaction that failed with err, and may have been applied, was.
-func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, d doubt, err error) error {
-	if ctx.Err() != nil {
-		return w.unknown(data, err)
+func first(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
+	if len(kvs) == 0 {
+		return nil
 	}
-	read, readErr := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return w.config.client.Txn(ctx).Then(w.reads()...).Commit()
-	})
-	if readErr != nil {
-		return w.unknown(data, err)
-	}
-	switch resolved := w.resolve(read, data, d); {
-	case resolved != errAgain:
-		return resolved
-	case d.straggler:
-		return w.unknown(data, err)
-	}
-	return err
+	return kvs[0]
 }
 
 func (w *LogWriter[T]) unknown(data []byte, why any) error {
