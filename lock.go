@@ -880,8 +880,12 @@ func writes(op clientv3.Op, key []byte) bool {
 	return bytes.Compare(begin, key) <= 0 && bytes.Compare(key, end) < 0
 }
 
+// lastAnswer is how long the answer to a transaction is waited for that was under way when the lock was lost. It is most
+// often about to come, and says what became of it.
+const lastAnswer = 200 * time.Millisecond
+
 // exclusively runs a transaction under the lock: alone, with nothing left that an earlier one has sent and that may yet be
-// applied, and in a context that ends when the lock is lost.
+// applied, and in a context that ends soon after the lock is lost.
 func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Context) (Revision, error)) (Revision, error) {
 	select {
 	case l.committing <- struct{}{}:
@@ -894,7 +898,10 @@ func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Co
 	}
 	held, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer context.AfterFunc(l.held, func() { cancel(context.Cause(l.held)) })()
+	defer context.AfterFunc(l.held, func() {
+		sleep(held, lastAnswer)
+		cancel(context.Cause(l.held))
+	})()
 	if l.unsettled {
 		// What was sent before compares the version, so it can no longer be applied once that is bumped.
 		if _, err := l.bump(held, c, nil); err != nil {

@@ -27,9 +27,10 @@ func (o logOption) applyLog(c *logConfig) { o(c) }
 
 func (o codecOption) applyLog(c *logConfig) { c.codec = o.codec }
 
-// WithEveryEntry has a reader read every entry from this revision on, inclusive, in order, instead of the latest: 0 or 1 is
-// from the first one on. A negative one is refused, and so is the option for a writer. Where entries were compacted, the
-// reader ends with ErrGap.
+// WithEveryEntry has a reader read every entry from this revision on, inclusive, in order, instead of the latest: 0 is from the
+// first entry of the log as it is, which may have been deleted before. A negative one is refused, and so is the option
+// for a writer. Where entries were compacted, the reader ends with ErrGap; it is ErrGap as well if etcd has compacted the
+// revision to begin with, be there entries or not.
 func WithEveryEntry(from Revision) LogOption {
 	return logOption(func(c *logConfig) { c.every = &from })
 }
@@ -42,7 +43,7 @@ func (c *logConfig) validate(name string) error {
 		if *c.every < 0 {
 			return fmt.Errorf("etcdutil: WithEveryEntry is negative: %d", *c.every)
 		}
-		c.from = max(*c.every, 1)
+		c.from = *c.every
 	}
 	c.snapshot = c.every == nil
 	return c.watchConfig.validate(name)
@@ -312,7 +313,7 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 	if err := c.validate(name); err != nil {
 		return nil, err
 	}
-	w, err := newWatcher[T](ctx, name, &c.watchConfig)
+	w, err := watchLog[T](ctx, name, &c)
 	if err != nil {
 		return nil, fmt.Errorf("etcdutil: read log %q: %w", name, err)
 	}
@@ -321,6 +322,22 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 		r.latest = latest(w)
 	}
 	return r, nil
+}
+
+func watchLog[T any](ctx context.Context, name string, c *logConfig) (*Watcher[T], error) {
+	if c.every != nil && *c.every == 0 {
+		resp, err := retry(ctx, &c.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+			return c.client.Get(ctx, name, clientv3.WithKeysOnly())
+		})
+		if err != nil {
+			return nil, err
+		}
+		c.from = resp.Header.Revision + 1
+		if entry := first(resp.Kvs); entry != nil {
+			c.from = entry.CreateRevision
+		}
+	}
+	return newWatcher[T](ctx, name, &c.watchConfig)
 }
 
 // latest keeps the latest entry that a watcher has told.
