@@ -116,14 +116,15 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 		return nil, fmt.Errorf("etcdutil: name is the lock's own key %q", name)
 	}
 	w := &LogWriter[T]{config: c.config, codec: c.codec, lock: lock, name: name, writing: make(chan struct{}, 1)}
-	kv, err := w.read(ctx)
-	if lost := lock.lost(); lost != nil {
-		err = lost
-	}
+	// What an earlier writer under this lock has left open must not be applied after that.
+	_, err := lock.exclusively(ctx, &w.config, func(ctx context.Context) (Revision, error) {
+		entry, err := w.read(ctx)
+		w.last = positionOf(entry)
+		return w.last.revision, lock.definite(err)
+	})
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: write log %q: %w", name, err)
+		return nil, fmt.Errorf("etcdutil: write log %q: %w", name, orEnded(ctx, err))
 	}
-	w.last = positionOf(kv)
 	w.begin(lock)
 	return w, nil
 }
@@ -271,7 +272,7 @@ func first(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
 }
 
 func (w *LogWriter[T]) unknown(data []byte, why any) error {
-	w.open, w.isOpen = data, true
+	w.open, w.isOpen = bytes.Clone(data), true // data may be the caller's own
 	return w.lock.unknown(why)
 }
 
