@@ -123,10 +123,8 @@ func (s state) apply(events ...Event[string]) {
 // stateOf is what etcd has under a prefix.
 func stateOf(t testing.TB, client *clientv3.Client, prefix string, opts ...clientv3.OpOption) state {
 	t.Helper()
-	resp, err := client.Get(context.Background(), prefix, append(opts, clientv3.WithPrefix())...)
-	require.NoError(t, err)
 	s := state{}
-	for _, kv := range resp.Kvs {
+	for _, kv := range mustGet(t, client, prefix, append(opts, clientv3.WithPrefix())...).Kvs {
 		s[string(kv.Key)] = string(kv.Value)
 	}
 	return s
@@ -535,13 +533,639 @@ func TestWatchGoesOnAfterValuesThatDoNotDecode(t *testing.T) {
 	})
 }
 
-var (
-	_ = errors.New
-	_ = io.EOF
-	_ = http.Get
-	_ = regexp.MustCompile
-	_ = rpctypes.ErrCompacted
-	_ = namespace.NewKV
-	_ = embed.NewConfig
-	_ = goleak.Find
-)
+// members is a client of one member that may use the others as well from now on.
+func addEndpoints(client *clientv3.Client, endpoints ...string) {
+	client.SetEndpoints(append(client.Endpoints(), endpoints...)...)
+}
+
+func TestWatchLeavesAMemberThatIsIsolated(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	leader := cluster.Leader()
+	isolated := (leader + 1) % 3
+	writer, prefix := newClient(t, cluster.Endpoints()[leader]), nameOf(t)+"/"
+	client := newClient(t, cluster.Endpoints()[isolated])
+	w := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw))
+	var wrote []toldEvent
+	put := func(key string) {
+		wrote = append(wrote, toldEvent{EventPut, key, "", mustPut(t, writer, key, "")})
+	}
+	put(prefix + "before")
+	got, err := readUntil(w, prefix+"before")
+	require.NoError(t, err)
+	addEndpoints(client, cluster.Endpoints()[leader], cluster.Endpoints()[(leader+2)%3])
+
+	require.NoError(t, cluster.Isolate(isolated))
+	begin := time.Now()
+	for i := range 50 {
+		put(prefix + strconv.Itoa(i))
+	}
+	put(prefix + "during")
+	moved, err := readUntil(w, prefix+"during")
+	require.NoError(t, err)
+	require.Less(t, time.Since(begin), 4*time.Second) // three elections and one second
+	got = append(got, moved...)
+
+	require.NoError(t, cluster.Rejoin(isolated))
+	put(prefix + "after")
+	after, err := readUntil(w, prefix+"after")
+	require.NoError(t, err)
+	require.Equal(t, wrote, append(got, after...))
+}
+
+func TestWatchLeavesAConnectionThatIsHalfOpen(t *testing.T) {
+	t.Parallel()
+	link := etcdtest.StartLink(t, testCluster.Endpoints()[0])
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{link.Endpoint()}, DialTimeout: 5 * time.Second, Logger: zap.NewNop(),
+		DialKeepAliveTime: 10 * time.Second, DialKeepAliveTimeout: 2 * time.Second,
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	writer, prefix := newClient(t, testCluster.Endpoints()...), nameOf(t)+"/"
+	w := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw))
+	wrote := []toldEvent{{EventPut, prefix + "before", "", mustPut(t, writer, prefix+"before", "")}}
+	got, err := readUntil(w, prefix+"before")
+	require.NoError(t, err)
+	addEndpoints(client, testCluster.Endpoints()[0])
+
+	link.Cut()
+	begin := time.Now()
+	for i := range 50 {
+		key := prefix + strconv.Itoa(i)
+		wrote = append(wrote, toldEvent{EventPut, key, "", mustPut(t, writer, key, "")})
+	}
+	resumed, err := readUntil(w, prefix+"49")
+	require.NoError(t, err)
+	require.Less(t, time.Since(begin), 15*time.Second)
+	require.Equal(t, wrote, append(got, resumed...))
+}
+
+// restored is a cluster that is taken back in time under watchers of prefix, and what etcd says of that state.
+func TestWatchNoticesARestoredCluster(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, prefix := cluster.Client(t), nameOf(t)+"/"
+	mustPut(t, writer, prefix+"a", "1")
+	mustPut(t, writer, prefix+"b", "1")
+	mustPut(t, writer, prefix+"c", "1")
+	require.NoError(t, cluster.Backup())
+
+	follower := mustWatch[string](t, cluster.Client(t), prefix, WithPrefix(), WithCodec(Raw), WithSnapshot(), WithPrev())
+	plain := mustWatch[string](t, cluster.Client(t), prefix, WithPrefix(), WithCodec(Raw))
+	other := mustWatch[string](t, cluster.Client(t), nameOf(t)+"-quiet", WithCodec(Raw))
+	told := state{}
+	first, _ := untilSynced(t, follower)
+	told.apply(first...)
+	mustPut(t, writer, prefix+"a", "2")
+	mustDelete(t, writer, prefix+"b")
+	lost := mustPut(t, writer, prefix+"d", "2")
+	for range 3 {
+		told.apply(next(t, follower))
+		_ = next(t, plain)
+	}
+	require.Equal(t, state{prefix + "a": "2", prefix + "c": "1", prefix + "d": "2"}, told)
+	eventually(t, func() bool { return other.Revision() >= lost }, "progress")
+
+	require.NoError(t, cluster.Restore())
+	for _, w := range []*Watcher[string]{plain, other} {
+		events, cause := ends(t, w)
+		require.Empty(t, events)
+		require.ErrorIs(t, cause, ErrGap)
+		require.GreaterOrEqual(t, w.Revision(), lost)
+	}
+	difference, rev := untilSynced(t, follower)
+	require.Less(t, rev, lost)
+	require.Equal(t, rev, follower.Revision())
+	require.Len(t, difference, 3)
+	for i, prev := range []string{"2", "", "2"} {
+		if prev == "" {
+			require.Nil(t, difference[i].Prev)
+		} else {
+			require.Equal(t, prev, *difference[i].Prev)
+		}
+	}
+	told.apply(difference...)
+	require.Equal(t, stateOf(t, writer, prefix), told)
+	rev = mustPut(t, writer, prefix+"a", "live")
+	require.LessOrEqual(t, rev, lost)
+	require.Equal(t, toldEvent{EventPut, prefix + "a", "live", rev}, toldOf(next(t, follower)))
+}
+
+// The same value at the same revision is no change, and another at the same revision is one.
+func TestWatchTellsWhatChangedInARestoredClusterAtTheSameRevision(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, prefix := cluster.Client(t), nameOf(t)+"/"
+	require.NoError(t, cluster.Backup())
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	w := mustWatch[string](t, newClient(t, link.Endpoint()), prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+	_, _ = untilSynced(t, w)
+	rev := mustPut(t, writer, prefix+"a", "same")
+	mustPut(t, writer, prefix+"b", "old")
+	mustPut(t, writer, prefix+"c", "lost")
+	for range 3 {
+		_ = next(t, w)
+	}
+	link.Cut()
+	require.NoError(t, cluster.Restore())
+	require.Equal(t, rev, mustPut(t, writer, prefix+"a", "same"))
+	require.Equal(t, rev+1, mustPut(t, writer, prefix+"b", "new"))
+	link.Heal()
+	difference, _ := untilSynced(t, w)
+	require.Len(t, difference, 2)
+	require.Equal(t, toldEvent{EventPut, prefix + "b", "new", rev + 1}, toldOf(difference[0]))
+	require.Equal(t, toldEvent{EventDelete, prefix + "c", "", rev + 1}, toldOf(difference[1]))
+}
+
+func TestWatchNoticesAnotherClusterWhoseRevisionIsPastItsOwn(t *testing.T) {
+	t.Parallel()
+	before, after := etcdtest.Start(t, 1), etcdtest.Start(t, 1)
+	d, prefix := openDoor(t, before.Endpoints()[0]), nameOf(t)+"/"
+	mustPut(t, before.Client(t), prefix+"a", "1")
+	mustPut(t, before.Client(t), prefix+"b", "1")
+	follower := mustWatch[string](t, newClient(t, d.addr), prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+	plain := mustWatch[string](t, newClient(t, d.addr), prefix, WithPrefix(), WithCodec(Raw))
+	_, rev := untilSynced(t, follower)
+	writer := after.Client(t)
+	for range rev {
+		mustPut(t, writer, prefix+"b", "2")
+	}
+	mustPut(t, writer, prefix+"c", "2")
+
+	d.shut()
+	d.to = after.Endpoints()[0]
+	d.open()
+	difference, rev := untilSynced(t, follower)
+	require.Len(t, difference, 3)
+	require.Equal(t, "2", difference[0].Value)
+	require.Equal(t, "2", difference[1].Value)
+	require.Equal(t, toldEvent{EventDelete, prefix + "a", "", rev}, toldOf(difference[2]))
+	events, cause := ends(t, plain)
+	require.Empty(t, events)
+	require.ErrorIs(t, cause, ErrGap)
+	rev = mustPut(t, writer, prefix+"a", "live")
+	require.Equal(t, toldEvent{EventPut, prefix + "a", "live", rev}, toldOf(next(t, follower)))
+}
+
+// authCluster is a cluster with authentication, whose user may read and write keys under "allowed/". Its simple tokens
+// live for a second after their last use.
+func authCluster(t *testing.T) (cluster *etcdtest.Cluster, root *clientv3.Client) {
+	t.Helper()
+	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.AuthTokenTTL = 1 })
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = cluster.Close() })
+	admin, ctx := cluster.Client(t), context.Background()
+	for _, name := range []string{"root", "user"} {
+		_, err := admin.UserAdd(ctx, name, "secret")
+		require.NoError(t, err)
+		_, err = admin.RoleAdd(ctx, name)
+		require.NoError(t, err)
+		_, err = admin.UserGrantRole(ctx, name, name)
+		require.NoError(t, err)
+	}
+	_, err = admin.RoleGrantPermission(ctx, "user", "allowed/", "allowed0", clientv3.PermissionType(clientv3.PermReadWrite))
+	require.NoError(t, err)
+	_, err = admin.AuthEnable(ctx)
+	require.NoError(t, err)
+	return cluster, userClient(t, "root", nil, cluster.Endpoints()...)
+}
+
+// userClient counts its reads in reads.
+func userClient(t *testing.T, name string, reads *atomic.Int64, endpoints ...string) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop(), Username: name, Password: "secret",
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if reads != nil && strings.HasSuffix(method, "/Range") {
+				reads.Add(1)
+			}
+			return invoker(ctx, method, req, reply, cc, opts...)
+		})},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
+func TestWatchWithoutPermissionFailsAtOnce(t *testing.T) {
+	t.Parallel()
+	cluster, _ := authCluster(t)
+	var reads atomic.Int64
+	client := userClient(t, "user", &reads, cluster.Endpoints()...)
+	for _, key := range []string{"forbidden", "allowed", "allowed/key"} { // with the prefix "allowed", more than is allowed
+		for _, opts := range [][]WatchOption{{WithPrefix()}, {WithPrefix(), WithSnapshot()}, {WithPrefix(), WithRevision(1)}} {
+			reads.Store(0)
+			w, err := Watch[string](context.Background(), client, key, opts...)
+			if key == "allowed/key" {
+				require.NoError(t, err)
+				require.NoError(t, w.Close())
+				continue
+			}
+			require.Nil(t, w)
+			require.ErrorIs(t, err, rpctypes.ErrPermissionDenied)
+			require.ErrorContains(t, err, strconv.Quote(key))
+			require.EqualValues(t, 1, reads.Load())
+		}
+	}
+}
+
+func TestWatchEndsWhenItsPermissionWasRevoked(t *testing.T) {
+	t.Parallel()
+	cluster, root := authCluster(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := userClient(t, "user", nil, link.Endpoint())
+	plain := mustWatch[string](t, client, "allowed/a", WithCodec(Raw))
+	follower := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix(), WithSnapshot())
+	_, _ = untilSynced(t, follower)
+	mustPut(t, root, "allowed/a", "1")
+	_, _ = next(t, plain), next(t, follower)
+	link.Cut()
+	_, err := root.RoleRevokePermission(context.Background(), "user", "allowed/", "allowed0")
+	require.NoError(t, err)
+	mustPut(t, root, "allowed/a", "secret")
+	link.Heal()
+	for _, w := range []*Watcher[string]{plain, follower} {
+		events, cause := ends(t, w)
+		require.Empty(t, events)
+		require.ErrorIs(t, cause, rpctypes.ErrPermissionDenied)
+		require.ErrorIs(t, w.Close(), rpctypes.ErrPermissionDenied)
+	}
+}
+
+func TestWatchOutlivesItsTokens(t *testing.T) {
+	t.Parallel()
+	cluster, root := authCluster(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := userClient(t, "user", nil, link.Endpoint())
+	w := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
+	follower := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix(), WithSnapshot())
+	_, _ = untilSynced(t, follower)
+	resets, stop := resetEvery(t, link, 2500*time.Millisecond) // by then nobody has used a token for longer than it lives
+	var wrote []toldEvent
+	put := func(key string) {
+		wrote = append(wrote, toldEvent{EventPut, key, "", mustPut(t, root, key, "")})
+	}
+	got := start(func() ([]toldEvent, error) { return readUntil(w, "allowed/end") })
+	gotFollowed := start(func() ([]toldEvent, error) { return readUntil(follower, "allowed/end") })
+	for i := 0; resets.Load() < 3; i++ {
+		put(fmt.Sprint("allowed/", i))
+		time.Sleep(20 * time.Millisecond)
+	}
+	stop()
+	put("allowed/end")
+	within(t, 15*time.Second, got.done, "every event")
+	within(t, 15*time.Second, gotFollowed.done, "every event")
+	require.NoError(t, got.err)
+	require.NoError(t, gotFollowed.err)
+	require.Equal(t, wrote, got.v)
+	require.Equal(t, wrote, gotFollowed.v)
+}
+
+func TestWatchRefusesBadArguments(t *testing.T) {
+	t.Parallel()
+	client, requests := countingClient(t)
+	for _, test := range []struct {
+		key  string
+		opts []WatchOption
+		want string
+	}{
+		{"", nil, "key is empty"},
+		{"", []WatchOption{WithPrefix()}, "key is empty"},
+		{"key", []WatchOption{WithRevision(-1)}, "WithRevision is negative"},
+		{"key", []WatchOption{WithCodec(nil)}, "WithCodec"},
+		{"key", []WatchOption{WithRevision(5), WithSnapshot()}, "WithRevision beside WithSnapshot"},
+		{"key", []WatchOption{WithSnapshot(), WithRevision(5)}, "WithRevision beside WithSnapshot"},
+		{"key", []WatchOption{WithRetryPolicy(RetryPolicy{Initial: -1})}, "RetryPolicy.Initial"},
+		{"key", []WatchOption{WithRetryPolicy(RetryPolicy{Max: -1})}, "RetryPolicy.Max"},
+		{"key", []WatchOption{WithRetryPolicy(RetryPolicy{Attempts: -1})}, "RetryPolicy.Attempts"},
+		{"key", []WatchOption{WithRetryPolicy(RetryPolicy{AttemptTimeout: -1})}, "RetryPolicy.AttemptTimeout"},
+	} {
+		w, err := Watch[string](context.Background(), client, test.key, test.opts...)
+		require.ErrorContains(t, err, test.want)
+		require.Nil(t, w)
+	}
+	require.Zero(t, requests.Load())
+	require.PanicsWithValue(t, "etcdutil: nil ctx", func() { _, _ = Watch[string](nil, client, "key") }) //nolint:staticcheck // on purpose
+	require.PanicsWithValue(t, "etcdutil: nil client", func() { _, _ = Watch[string](context.Background(), nil, "key") })
+	_, err := Watch[string](context.Background(), clientv3.NewCtxClient(context.Background()), "key")
+	require.ErrorContains(t, err, "no connection")
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cause := errors.New("the parent's cause")
+	cancel(cause)
+	_, err = Watch[string](ctx, client, "key")
+	require.ErrorIs(t, err, cause)
+	require.ErrorIs(t, err, context.Canceled)
+	require.Zero(t, requests.Load())
+}
+
+func TestWatchGivesUpAsItsPolicySaysWhenEtcdIsGone(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	link.Cut()
+	begin := time.Now()
+	_, err := Watch[string](context.Background(), client, "key", WithRetryPolicy(RetryPolicy{Elapsed: 300 * time.Millisecond}))
+	require.ErrorContains(t, err, "gave up")
+	require.Less(t, time.Since(begin), 2*time.Second)
+	// Once it stands it does not give up.
+	link.Heal()
+	mustGet(t, client, "any") // over a new connection
+	w := mustWatch[string](t, client, nameOf(t), WithCodec(Raw), WithRetryPolicy(RetryPolicy{Elapsed: time.Millisecond * 500, Attempts: 1}))
+	link.Cut()
+	time.Sleep(time.Second)
+	rev := mustPut(t, newClient(t, testCluster.Endpoints()...), nameOf(t), "")
+	require.NoError(t, w.Err())
+	link.Heal()
+	require.Equal(t, rev, next(t, w).Revision)
+}
+
+// serverWatches is how many watches the members in this process have, of all clusters.
+func serverWatches(t testing.TB, endpoint string) int {
+	t.Helper()
+	resp, err := http.Get("http://" + endpoint + "/metrics")
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	metrics, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	match := regexp.MustCompile(`(?m)^etcd_debugging_mvcc_watcher_total (\S+)$`).FindSubmatch(metrics)
+	require.NotNil(t, match)
+	n, err := strconv.ParseFloat(string(match[1]), 64)
+	require.NoError(t, err)
+	return int(n)
+}
+
+// It is not parallel: it counts goroutines, and the server's watches.
+func TestWatchLeavesNothingBehind(t *testing.T) {
+	http.DefaultClient.CloseIdleConnections()
+	client, endpoint := newClient(t, testCluster.Endpoints()...), testCluster.Endpoints()[0]
+	mustPut(t, client, nameOf(t), "1")
+	watches := serverWatches(t, endpoint)
+	http.DefaultClient.CloseIdleConnections()
+	running := goleak.IgnoreCurrent()
+	ctx, cancel := context.WithCancel(context.Background())
+	var watchers []*Watcher[string]
+	for i := range 30 {
+		opts := [][]WatchOption{{WithCodec(Raw)}, {WithSnapshot()}, {WithPrefix(), WithPrev()}}[i%3]
+		w, err := Watch[string](ctx, client, nameOf(t), opts...)
+		require.NoError(t, err)
+		watchers = append(watchers, w)
+	}
+	eventually(t, func() bool { return serverWatches(t, endpoint) == watches+30 }, "the server's watches")
+	mustPut(t, client, nameOf(t), "2") // which nobody reads
+	for _, w := range watchers[:15] {
+		require.NoError(t, w.Close())
+	}
+	cancel()
+	eventually(t, func() bool { return serverWatches(t, endpoint) == watches }, "no watches on the server")
+	http.DefaultClient.CloseIdleConnections()
+	require.NoError(t, goleak.Find(running))
+	for _, w := range watchers {
+		require.NoError(t, w.Close())
+	}
+}
+
+func TestWatcherClosesWhileEtcdIsGone(t *testing.T) {
+	t.Parallel()
+	for name, fault := range map[string]func(*etcdtest.Cluster, *etcdtest.Link){
+		"stopped":   func(c *etcdtest.Cluster, _ *etcdtest.Link) { _ = c.Stop(0) },
+		"cut":       func(_ *etcdtest.Cluster, l *etcdtest.Link) { l.Cut() },
+		"there":     func(*etcdtest.Cluster, *etcdtest.Link) {},
+		"long gone": func(_ *etcdtest.Cluster, l *etcdtest.Link) { l.Cut(); time.Sleep(silence + time.Second) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cluster := etcdtest.Start(t, 1)
+			client, link := linkedTo(t, cluster)
+			w := mustWatch[string](t, client, nameOf(t), WithCodec(Raw), WithSnapshot())
+			mustPut(t, cluster.Client(t), nameOf(t), "never read")
+			fault(cluster, link)
+			begin := time.Now()
+			var closing sync.WaitGroup
+			for range 10 {
+				closing.Go(func() {
+					if err := w.Close(); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			closing.Wait()
+			require.Less(t, time.Since(begin), time.Second)
+			_, cause := ends(t, w)
+			require.Equal(t, ErrClosed, cause)
+			require.NoError(t, w.Close())
+			require.Zero(t, w.Revision())
+		})
+	}
+}
+
+func TestWatcherEndsWithItsParent(t *testing.T) {
+	t.Parallel()
+	type key struct{}
+	cause := errors.New("the parent's cause")
+	ctx, cancel := context.WithCancelCause(context.WithValue(context.Background(), key{}, "value"))
+	w, err := Watch[string](ctx, newClient(t, testCluster.Endpoints()...), nameOf(t))
+	require.NoError(t, err)
+	require.Equal(t, "value", w.Value(key{}))
+	cancel(cause)
+	within(t, time.Second, w.Done(), "the end")
+	_, got := ends(t, w)
+	require.Equal(t, cause, got)
+	require.NoError(t, w.Close(), "a parent's end is no loss")
+	require.Equal(t, cause, context.Cause(w))
+}
+
+func TestWatcherEndsWhenItsClientIsClosed(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, testCluster.Endpoints()...)
+	plain := mustWatch[string](t, client, nameOf(t))
+	follower := mustWatch[string](t, client, nameOf(t), WithSnapshot())
+	_, _ = untilSynced(t, follower)
+	require.NoError(t, client.Close())
+	for _, w := range []*Watcher[string]{plain, follower} {
+		_, cause := ends(t, w)
+		require.ErrorContains(t, cause, "client")
+		require.Error(t, w.Close())
+	}
+	_, err := Watch[string](context.Background(), client, nameOf(t))
+	require.ErrorContains(t, err, "client")
+}
+
+func TestRevisionIsExactAfterEachEvent(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	client, prefix := cluster.Client(t), nameOf(t)+"/"
+	w := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw))
+	require.Equal(t, stateRevision(t, client), w.Revision())
+	var wrote []toldEvent
+	for i := range 20 {
+		value := strconv.Itoa(i)
+		rev := mustTxn(t, client, clientv3.OpPut(prefix+"a", value), clientv3.OpPut("other", value), clientv3.OpPut(prefix+"b", value))
+		wrote = append(wrote, toldEvent{EventPut, prefix + "a", value, rev}, toldEvent{EventPut, prefix + "b", value, rev})
+		rev = mustPut(t, client, prefix+"c", value)
+		wrote = append(wrote, toldEvent{EventPut, prefix + "c", value, rev})
+		mustPut(t, client, "other", value)
+	}
+	last := stateRevision(t, client)
+	for i, want := range wrote {
+		require.Equal(t, want, toldOf(next(t, w)))
+		rev := w.Revision()
+		inMidst := i+1 < len(wrote) && wrote[i+1].Revision == want.Revision
+		require.Equal(t, !inMidst, rev >= want.Revision)
+		left := slices.IndexFunc(wrote, func(e toldEvent) bool { return e.Revision > rev }) // -1: none
+		if inMidst {
+			require.Equal(t, i, left, "the transaction is left, and no more")
+		} else if i+1 < len(wrote) {
+			require.Equal(t, i+1, left)
+		}
+		if i%10 > 2 || left < 0 {
+			continue
+		}
+		again, err := Watch[string](context.Background(), client, prefix, WithPrefix(), WithCodec(Raw), WithRevision(rev+1))
+		require.NoError(t, err)
+		require.Equal(t, rev, again.Revision())
+		for _, want := range wrote[left:] {
+			require.Equal(t, want, toldOf(next(t, again)))
+		}
+		require.NoError(t, again.Close())
+	}
+	eventually(t, func() bool { return w.Revision() == last }, "progress")
+	require.NoError(t, w.Close())
+	require.Equal(t, last, w.Revision())
+}
+
+func mustGet(t testing.TB, client *clientv3.Client, key string, opts ...clientv3.OpOption) *clientv3.GetResponse {
+	t.Helper()
+	resp, err := client.Get(context.Background(), key, opts...)
+	require.NoError(t, err)
+	return resp
+}
+
+// stateRevision is etcd's revision.
+func stateRevision(t testing.TB, client *clientv3.Client) Revision {
+	t.Helper()
+	return mustGet(t, client, "any").Header.Revision
+}
+
+func TestWatchFromARevision(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	client, link := linkedTo(t, cluster)
+	writer, key := cluster.Client(t), nameOf(t)
+	first := mustPut(t, writer, key, "0")
+	for i := 1; i < 10; i++ {
+		require.Equal(t, first+Revision(i), mustPut(t, writer, key, strconv.Itoa(i)))
+	}
+	values := func(w *Watcher[string], from, to int) {
+		t.Helper()
+		for i := from; i < to; i++ {
+			require.Equal(t, toldEvent{EventPut, key, strconv.Itoa(i), first + Revision(i)}, toldOf(next(t, w)))
+		}
+	}
+	future := mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(first+15))
+	values(mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(1)), 0, 10)
+	values(mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(first+5)), 5, 10)
+	now := mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(first+10))
+	require.Equal(t, first+9, now.Revision())
+	zero := mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(0))
+	for i := 10; i < 20; i++ {
+		mustPut(t, writer, key, strconv.Itoa(i))
+		if i == 12 {
+			values(now, 10, 13)
+			values(zero, 10, 13)
+			eventually(t, func() bool { return future.Revision() == first+12 }, "progress")
+			mustCompact(t, writer, first+12)
+			link.Reset()
+		}
+	}
+	values(now, 13, 20)
+	values(zero, 13, 20)
+	values(future, 15, 20)
+
+	for _, rev := range []Revision{1, first, first + 11} {
+		_, err := Watch[string](context.Background(), client, key, WithCodec(Raw), WithRevision(rev))
+		require.ErrorIs(t, err, ErrGap, rev)
+	}
+	values(mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(first+13)), 13, 20)
+}
+
+func TestWatchTellsThePreviousValue(t *testing.T) {
+	t.Parallel()
+	client, prefix := newClient(t, testCluster.Endpoints()...), nameOf(t)+"/"
+	mustPut(t, client, prefix+"a", "1")
+	plain := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithPrev())
+	without := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw))
+	follower := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithPrev(), WithSnapshot())
+	first, _ := untilSynced(t, follower)
+	require.Len(t, first, 1)
+	require.Nil(t, first[0].Prev)
+	mustPut(t, client, prefix+"a", "2")
+	mustPut(t, client, prefix+"b", "")
+	mustTxn(t, client, clientv3.OpDelete(prefix+"a"), clientv3.OpPut(prefix+"b", "2"))
+	mustPut(t, client, prefix+"a", "3")
+	one, two, empty := "1", "2", ""
+	for _, prev := range []*string{&one, nil, &two, &empty, nil} {
+		require.Equal(t, prev, next(t, plain).Prev)
+		require.Equal(t, prev, next(t, follower).Prev)
+		require.Nil(t, next(t, without).Prev)
+	}
+}
+
+func TestWatchSeesNoOtherKeys(t *testing.T) {
+	t.Parallel()
+	client, name := newClient(t, testCluster.Endpoints()...), nameOf(t)
+	for _, opts := range [][]WatchOption{nil, {WithSnapshot()}} {
+		opts = append(opts, WithCodec(Raw))
+		key := mustWatch[string](t, client, name+"/b", opts...)
+		prefix := mustWatch[string](t, client, name+"/b", append(opts, WithPrefix())...)
+		if len(opts) > 1 {
+			_, _ = untilSynced(t, key)
+			_, _ = untilSynced(t, prefix)
+		}
+		for _, other := range []string{"", "/", "/a", "/a\xff", "/c", "/B", "0"} {
+			mustPut(t, client, name+other, "")
+		}
+		mustPut(t, client, name+"/b\xff", "")
+		mustPut(t, client, name+"/b", "")
+		require.Equal(t, name+"/b\xff", next(t, prefix).Key)
+		require.Equal(t, name+"/b", next(t, prefix).Key)
+		require.Equal(t, name+"/b", next(t, key).Key)
+		mustDelete(t, client, name+"/b\xff")
+		mustDelete(t, client, name+"/b")
+		require.Equal(t, name+"/b\xff", next(t, prefix).Key)
+		require.Equal(t, EventDelete, next(t, prefix).Type)
+		require.Equal(t, EventDelete, next(t, key).Type)
+	}
+	// No key is greater: the range of this prefix has no end.
+	all := mustWatch[string](t, client, "\xff", WithPrefix(), WithCodec(Raw))
+	mustPut(t, client, name, "")
+	mustPut(t, client, "\xff"+name, "")
+	require.Equal(t, "\xff"+name, next(t, all).Key)
+}
+
+func TestWatchWorksInANamespace(t *testing.T) {
+	t.Parallel()
+	direct, space := newClient(t, testCluster.Endpoints()...), nameOf(t)+":"
+	client, link := linkedClient(t)
+	client.KV = namespace.NewKV(client.KV, space)
+	client.Watcher = namespace.NewWatcher(client.Watcher, space)
+	for i := range 40 {
+		mustPut(t, direct, fmt.Sprintf("%sp/%02d", space, i), "1")
+	}
+	mustPut(t, direct, "p/00", "another's")
+	w := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithSnapshot())
+	plain := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithPrev())
+	first, _ := untilSynced(t, w)
+	require.Len(t, first, 40)
+	for i, e := range first {
+		require.Equal(t, fmt.Sprintf("p/%02d", i), e.Key)
+	}
+	for _, value := range []string{"2", "3"} {
+		rev := mustPut(t, direct, space+"p/00", value)
+		want := toldEvent{EventPut, "p/00", value, rev}
+		require.Equal(t, want, toldOf(next(t, w)))
+		e := next(t, plain)
+		require.Equal(t, want, toldOf(e))
+		require.NotNil(t, e.Prev)
+		link.Reset()
+	}
+}
