@@ -22,6 +22,13 @@ import (
 var testCluster *etcdtest.Cluster
 
 func TestMain(m *testing.M) {
+	if os.Getenv(slowReader) != "" {
+		if err := readSlowly(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	// The tests that run in parallel wait for leases to expire, not for a processor.
 	flag.Parse()
 	err := flag.Set("test.parallel", "24")
