@@ -593,10 +593,11 @@ func (f *feed) watch() (heard bool, err error) {
 	for resp := range f.client.Watch(ctx, f.key, f.options()...) {
 		silent.Reset(silence)
 		ask.Reset(quiet + rand.N(quiet))
-		if err := f.receive(resp); err != nil {
+		err := f.receive(resp)
+		heard = heard || err == nil || err == errAhead
+		if err != nil {
 			return heard, err
 		}
-		heard = true
 	}
 	return heard, context.Cause(ctx)
 }
@@ -694,7 +695,7 @@ func (f *feed) list() error {
 		case err == nil:
 			f.listing = false
 			return nil
-		case errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev): // by a restore
+		case errors.Is(err, errRestored), errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev): // by a restore
 			sleep(f.ctx, f.retry.withDefaults().backoff(1))
 		default:
 			return err
@@ -711,10 +712,13 @@ func (f *feed) listOnce() error {
 		if err != nil {
 			return err
 		}
-		if rev == 0 {
+		err = f.recognise(resp)
+		switch {
+		case rev == 0: // it begins with whatever etcd this is
 			rev = resp.Header.Revision
+		case err != nil:
+			return err
 		}
-		_ = f.recognise(resp)
 		if changes := f.view.page(resp.Kvs); !f.queue.push(changes...) {
 			f.queue.awaitRoom(f.ctx)
 		}

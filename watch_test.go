@@ -533,7 +533,7 @@ func TestWatchGoesOnAfterValuesThatDoNotDecode(t *testing.T) {
 	})
 }
 
-// members is a client of one member that may use the others as well from now on.
+// addEndpoints lets a client use other members too; what it has opened stays where it is.
 func addEndpoints(client *clientv3.Client, endpoints ...string) {
 	client.SetEndpoints(append(client.Endpoints(), endpoints...)...)
 }
@@ -601,7 +601,6 @@ func TestWatchLeavesAConnectionThatIsHalfOpen(t *testing.T) {
 	require.Equal(t, wrote, append(got, resumed...))
 }
 
-// restored is a cluster that is taken back in time under watchers of prefix, and what etcd says of that state.
 func TestWatchNoticesARestoredCluster(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
@@ -706,6 +705,57 @@ func TestWatchNoticesAnotherClusterWhoseRevisionIsPastItsOwn(t *testing.T) {
 	require.ErrorIs(t, cause, ErrGap)
 	rev = mustPut(t, writer, prefix+"a", "live")
 	require.Equal(t, toldEvent{EventPut, prefix + "a", "live", rev}, toldOf(next(t, follower)))
+}
+
+// A list that begins in one etcd and ends in another would be of neither, and nothing would ever set it right.
+func TestWatchListsAgainWhenEtcdIsAnotherBetweenTwoPages(t *testing.T) {
+	t.Parallel()
+	before, after := etcdtest.Start(t, 1), etcdtest.Start(t, 1)
+	d, prefix := openDoor(t, before.Endpoints()[0]), nameOf(t)+"/"
+	for i := range 40 {
+		mustPut(t, before.Client(t), fmt.Sprintf("%s%02d", prefix, i), "before")
+	}
+	for range 2 {
+		for i := range 40 {
+			mustPut(t, after.Client(t), fmt.Sprintf("%s%02d", prefix, i+20), "after")
+		}
+	}
+	pages := 0
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{d.addr}, Logger: zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			err := invoker(ctx, method, req, reply, cc, opts...)
+			if r, ok := req.(*etcdserverpb.RangeRequest); ok && !r.KeysOnly && err == nil {
+				if pages++; pages == 1 {
+					d.shut()
+					d.to = after.Endpoints()[0]
+					d.open()
+				}
+			}
+			return err
+		})},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	w := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+	told := state{}
+	events, _ := untilSynced(t, w)
+	told.apply(events...)
+	require.Equal(t, stateOf(t, after.Client(t), prefix), told)
+}
+
+func TestWatchThatIsPutOffForItsReaderHasNotFailed(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, testCluster.Endpoints()...)
+	first := mustPut(t, client, nameOf(t), "")
+	for range 5 {
+		mustPut(t, client, nameOf(t), strings.Repeat("x", 1_000_000))
+	}
+	f := newFeed(t.Context(), nameOf(t), &watchConfig{config: config{client: client, logger: discard}})
+	f.next = first
+	heard, err := f.watch()
+	require.Equal(t, errAhead, err)
+	require.True(t, heard, "or it would be resumed ever later")
 }
 
 // authCluster is a cluster with authentication, whose user may read and write keys under "allowed/". Its simple tokens
