@@ -467,7 +467,6 @@ func TestWatchGoesOnAfterValuesThatDoNotDecode(t *testing.T) {
 	t.Parallel()
 	client := newClient(t, testCluster.Endpoints()...)
 	big := strings.Repeat("x", 1_200_000)
-	type record struct{ A int }
 	jsonRecord := func(t *testing.T) {
 		key := nameOf(t)
 		w := mustWatch[record](t, client, key)
@@ -484,7 +483,7 @@ func TestWatchGoesOnAfterValuesThatDoNotDecode(t *testing.T) {
 		mustPut(t, client, key, `{"A":1}`)
 		e := next(t, w)
 		require.Equal(t, EventPut, e.Type)
-		require.Equal(t, record{1}, e.Value)
+		require.Equal(t, record{A: 1}, e.Value)
 		require.EqualValues(t, 7, e.Version)
 		require.NoError(t, e.Err)
 		require.Nil(t, e.Raw)
