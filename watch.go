@@ -602,8 +602,10 @@ func (f *feed) watch() (heard bool, err error) {
 	return heard, context.Cause(ctx)
 }
 
+// options has etcd send in fragments, which clientv3 joins: in one piece, what a thousand revisions have changed would be in
+// memory several times.
 func (f *feed) options() []clientv3.OpOption {
-	opts := []clientv3.OpOption{clientv3.WithRev(f.next)}
+	opts := []clientv3.OpOption{clientv3.WithRev(f.next), clientv3.WithFragment()}
 	if f.prefix {
 		opts = append(opts, clientv3.WithPrefix())
 	}
@@ -734,7 +736,7 @@ func (f *feed) listOnce() error {
 }
 
 const (
-	minPage   = 16 // keys, which may have a megabyte and a half each
+	minPage   = 2 // keys, which may have a megabyte and a half each
 	maxPage   = 10_000
 	pageBytes = 1 << 20
 )
