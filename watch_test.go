@@ -871,6 +871,22 @@ func TestWatchOutlivesItsTokens(t *testing.T) {
 	require.Equal(t, wrote, gotFollowed.v)
 }
 
+// etcd refuses a new watch on a stream that was opened with a token which has expired since (etcd-io/etcd#12385), and
+// clientv3 puts a client's watches on one stream.
+func TestWatchStandsBesideOneWhoseTokenHasExpired(t *testing.T) {
+	t.Parallel()
+	cluster, root := authCluster(t)
+	client := userClient(t, "user", nil, cluster.Endpoints()...)
+	first := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
+	rev := mustPut(t, root, "allowed/a", "")
+	require.Equal(t, rev, next(t, first).Revision)
+	time.Sleep(3 * time.Second) // a token lives for a second after its last use; etcd looks once a second
+	second := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
+	rev = mustPut(t, root, "allowed/a", "")
+	require.Equal(t, rev, next(t, first).Revision)
+	require.Equal(t, rev, next(t, second).Revision)
+}
+
 func TestWatchRefusesBadArguments(t *testing.T) {
 	t.Parallel()
 	client, requests := countingClient(t)
