@@ -359,7 +359,7 @@ func latest[T any](w *Watcher[T]) *Receiver[Event[T]] {
 //
 // An entry that does not decode is an error, together with the entry's version and revision; the next Read goes on. Once
 // the reader has ended the error is its cause: ErrGap after the last entry before the gap, ErrClosed, or the parent's end.
-// ctx bounds this call alone: its end gives an error that Is ctx.Err() and context.Cause(ctx).
+// ctx bounds this call alone: its end gives an error that Is ctx.Err() and context.Cause(ctx), and after it nothing is read.
 func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -376,12 +376,17 @@ func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 
 // event returns the next event that is an entry.
 func (r *LogReader[T]) event(ctx context.Context) (Event[T], error) {
-	if context.Cause(r.held) == ErrClosed {
+	switch {
+	case context.Cause(r.held) == ErrClosed:
 		return Event[T]{}, ErrClosed
-	}
-	if r.latest != nil {
+	case ctx.Err() != nil:
+		return Event[T]{}, ended(ctx)
+	case r.latest != nil:
 		e, err := r.latest.Recv(ctx)
-		if err != nil && ctx.Err() == nil {
+		switch {
+		case err != nil && ctx.Err() != nil:
+			err = ended(ctx)
+		case err != nil:
 			err = r.over()
 		}
 		return e, err
