@@ -922,7 +922,8 @@ func TestWatchRefusesBadArguments(t *testing.T) {
 		require.Nil(t, w)
 	}
 	require.Zero(t, requests.Load())
-	require.PanicsWithValue(t, "etcdutil: nil ctx", func() { _, _ = Watch[string](nil, client, "key") }) //nolint:staticcheck // on purpose
+	var noContext context.Context
+	require.PanicsWithValue(t, "etcdutil: nil ctx", func() { _, _ = Watch[string](noContext, client, "key") })
 	require.PanicsWithValue(t, "etcdutil: nil client", func() { _, _ = Watch[string](context.Background(), nil, "key") })
 	_, err := Watch[string](context.Background(), clientv3.NewCtxClient(context.Background()), "key")
 	require.ErrorContains(t, err, "no connection")
