@@ -145,9 +145,9 @@ func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
 //
 // ErrLockLost says that nothing was written, and so do ErrClosed and ErrLogConflict: somebody wrote the log who is not this
 // writer, and the lock may still be held. A writer stays so; NewLogWriter goes on from what is there. A log that was
-// deleted is no conflict, it starts again at version 1. ErrUnknownOutcome says that v may have been written: the next
-// Write finds out first. Any other error is the reason why nothing was written: that v cannot be encoded, or is too large
-// for etcd (1.5 MB unless configured).
+// deleted is no conflict, it starts again at version 1; nor is the very entry, byte for byte, that was to be written.
+// ErrUnknownOutcome says that v may have been written: the next Write finds out first. Any other error is the reason why
+// nothing was written: that v cannot be encoded, or is too large for etcd (1.5 MB unless configured).
 func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -231,29 +231,23 @@ func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
 
 // readBack tells whether a transaction was applied that was refused by its guards, or else failed with err.
 func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, err error, d doubt) error {
-	read, readErr := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return w.config.client.Txn(ctx).Then(clientv3.OpGet(w.lock.key), clientv3.OpGet(w.name)).Commit()
-	})
+	entry, key, readErr := w.readSettled(ctx, d)
 	switch {
-	case readErr != nil && !d.applied:
-		return w.lock.definite(readErr)
-	case readErr != nil:
+	case readErr != nil && d.applied:
 		return w.unknown(data, cmp.Or(err, readErr))
+	case readErr != nil:
+		return w.lock.definite(readErr)
 	}
-	key := w.lock.mine(read.Responses[0].GetResponseRange().Kvs)
-	entry := first(read.Responses[1].GetResponseRange().Kvs)
 	now := positionOf(entry)
 	switch {
-	case w.isNext(entry, data): // clientv3 may have repeated it, and been refused
+	case w.isNext(entry, data): // clientv3 may have repeated it by itself, and been refused
 		w.last = now
 		return nil
-	case d.applied && now != w.last:
-		return w.unknown(data, "the log went on or was deleted meanwhile")
+	case d.applied && now != w.last && now.version != w.last.version+1:
+		return w.unknown(data, "the log was deleted, or went on, meanwhile")
 	case key == nil:
 		return w.lock.keyGone()
-	case d.straggler || d.applied && err == nil:
-		return w.unknown(data, cmp.Or(err, errRefused))
-	case d.applied: // out of space
+	case now == w.last && err != nil:
 		return err
 	case now != w.last && entry != nil:
 		w.conflict = conflictAt(entry)
@@ -262,6 +256,20 @@ func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, err error, d d
 	// The log was deleted, or somebody else wrote the lock's key, though only the lock should.
 	w.last, w.lock.version, w.lock.revision = now, key.Version, key.ModRevision
 	return errAgain
+}
+
+// readSettled reads what the guards compare, when no attempt can be applied any more: the log first, so that a lock that is
+// still held then was held when the log was read.
+func (w *LogWriter[T]) readSettled(ctx context.Context, d doubt) (entry, key *mvccpb.KeyValue, err error) {
+	if d.straggler {
+		if _, err := w.lock.bump(ctx, &w.config, nil); err != nil && !errors.Is(err, ErrLockLost) {
+			return nil, nil, err
+		}
+	}
+	if entry, err = w.read(ctx); err == nil {
+		key, err = w.lock.read(ctx, &w.config)
+	}
+	return entry, key, err
 }
 
 func first(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
@@ -365,10 +373,16 @@ func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 		panic("etcdutil: nil ctx")
 	}
 	e, err := r.event(ctx)
-	switch {
-	case err != nil:
+	if err != nil {
 		return Entry[T]{}, err
-	case e.Type == EventInvalid:
+	}
+	return entryOf(e)
+}
+
+// entryOf is the entry of an event, and an error if it does not decode.
+func entryOf[T any](e Event[T]) (Entry[T], error) {
+	var err error
+	if e.Type == EventInvalid {
 		err = fmt.Errorf("etcdutil: log %q: version %d does not decode: %w", e.Key, e.Version, e.Err)
 	}
 	return Entry[T]{e.Value, e.Version, e.Revision}, err
@@ -419,14 +433,14 @@ func (r *LogReader[T]) over() error {
 func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		for {
-			e, err := r.Read(context.WithoutCancel(r))
-			if err != nil && r.Err() != nil {
+			e, err := r.event(context.WithoutCancel(r))
+			if err != nil { // r has ended
 				if cause := context.Cause(r.held); cause != nil && cause != ErrClosed {
-					yield(e, err)
+					yield(Entry[T]{}, err)
 				}
 				return
 			}
-			if !yield(e, err) {
+			if !yield(entryOf(e)) {
 				return
 			}
 		}

@@ -155,6 +155,7 @@ func mustDelete(t testing.TB, client *clientv3.Client, key string) Revision {
 	t.Helper()
 	resp, err := client.Delete(context.Background(), key)
 	require.NoError(t, err)
+	require.EqualValues(t, 1, resp.Deleted)
 	return resp.Header.Revision
 }
 
