@@ -8,13 +8,16 @@ import (
 	"fmt"
 	"hash/maphash"
 	"math/rand/v2"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/metadata"
 )
 
 // Watcher is a watch. It is a context.Context: Done closes when the watcher has ended, and context.Cause says why.
@@ -244,9 +247,9 @@ func newWatcher[T any](ctx context.Context, key string, c *watchConfig) (*Watche
 // ended, else after the last event: context.Cause(w) then says why, and is never nil.
 func (w *Watcher[T]) Events() <-chan Event[T] { return w.events }
 
-// Revision is such that everything up to it has been received from Events: all changes in a store of that revision, and none
-// later. [WithRevision] of the next one goes on from there. It moves on though nothing changes. With a snapshot it is 0
-// before the first EventSynced.
+// Revision is such that everything up to it has been received from Events. [WithRevision] of the next one goes on from there, and
+// tells again what was received of a transaction that had not been received to its end. It moves on though nothing changes.
+// With a snapshot it is 0 before the first EventSynced.
 func (w *Watcher[T]) Revision() Revision {
 	select {
 	case rev := <-w.revision:
@@ -444,11 +447,10 @@ type feed struct {
 	seen    Revision // the newest that etcd is known to have had
 	cluster uint64   // which etcd that was
 	listing bool     // what there is has to be listed before it can be followed
-	stream  int      // distinguishes the feed's streams from those on which a watch failed
 }
 
 func newFeed(ctx context.Context, key string, c *watchConfig) *feed {
-	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue(), stream: 1}
+	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue()}
 	f.retry.Elapsed = -1
 	f.retry.Attempts = 0
 	if c.snapshot {
@@ -531,9 +533,6 @@ func (f *feed) pump() error {
 		case errors.Is(err, errAhead):
 			f.queue.awaitRoom(f.ctx)
 			f.listing = f.snapshot
-		case errors.Is(err, errBroken), errors.Is(err, rpctypes.ErrNoLeader), errors.Is(err, rpctypes.ErrCompacted):
-		default: // it may be the stream's fault: that it is stuck, or was opened with a token that has expired
-			f.stream++
 		}
 		if failed++; heard || errors.Is(err, errBroken) {
 			failed = 1
@@ -563,7 +562,7 @@ func (f *feed) resumable(err error) error {
 
 const (
 	// quiet is how long nothing need be heard of a watch until it asks for progress: what happens to other keys moves it on,
-	// or compaction would overtake it. A random part is added; the answer counts for all watches on the stream.
+	// or compaction would overtake it. A random part is added.
 	quiet = 500 * time.Millisecond
 	// silence is how long nothing need be heard of it, although it asks, until it is opened anew.
 	silence = 4 * time.Second
@@ -579,7 +578,7 @@ var (
 //
 // clientv3 would resume it by itself, behind our back. But whether etcd is still what it was has to be known before.
 func (f *feed) watch() (heard bool, err error) {
-	ctx, cancel := context.WithCancelCause(watchContext(f.ctx, f.stream))
+	ctx, cancel := context.WithCancelCause(streamOfItsOwn(f.ctx))
 	var broken sync.WaitGroup
 	defer broken.Wait()
 	defer cancel(nil)
@@ -587,10 +586,13 @@ func (f *feed) watch() (heard bool, err error) {
 
 	silent := time.AfterFunc(silence, func() { cancel(errSilent) })
 	defer silent.Stop()
+	responses, stands := f.open(ctx)
+	if !stands {
+		return false, context.Cause(ctx)
+	}
 	ask := f.progress(ctx)
 	defer ask.Stop()
-
-	for resp := range f.client.Watch(ctx, f.key, f.options()...) {
+	for resp := range responses {
 		silent.Reset(silence)
 		ask.Reset(quiet + rand.N(quiet))
 		err := f.receive(resp)
@@ -600,6 +602,39 @@ func (f *feed) watch() (heard bool, err error) {
 		}
 	}
 	return heard, context.Cause(ctx)
+}
+
+// streams counts the streams for watches.
+var streams atomic.Int64
+
+// streamOfItsOwn is a context for one watch, which has clientv3 open a stream for it. On a stream that watches share, an answer
+// about progress goes to all, and may overtake the creation of a watch that it knows nothing of: that would skip what it
+// has yet to send. Nor does a new watch inherit a stream that is stuck, or that was opened with a token which has expired
+// (etcd-io/etcd#12385). The watch needs a leader, so that a member which is cut off from the quorum is left.
+func streamOfItsOwn(ctx context.Context) context.Context {
+	stream := "watch-" + strconv.FormatInt(streams.Add(1), 10)
+	return metadata.AppendToOutgoingContext(clientv3.WithRequireLeader(ctx), "etcdutil-stream", stream)
+}
+
+// open opens a watch, and returns when it stands or ctx has ended. One that is given up is still waited for, until the client
+// is closed: clientv3 would leave open the stream of a watch whose context ends before it stands.
+func (f *feed) open(ctx context.Context) (responses clientv3.WatchChan, stands bool) {
+	watching, end := context.WithCancel(context.WithoutCancel(ctx))
+	opened, opts := make(chan clientv3.WatchChan), f.options()
+	go func() { // until the watch stands, or the client is closed
+		responses := f.client.Watch(watching, f.key, opts...)
+		context.AfterFunc(ctx, end)
+		select {
+		case opened <- responses:
+		case <-ctx.Done():
+		}
+	}()
+	select {
+	case responses := <-opened:
+		return responses, true
+	case <-ctx.Done():
+		return nil, false
+	}
 }
 
 // options has etcd send in fragments, which clientv3 joins: in one piece, what a thousand revisions have changed would be in
