@@ -1,0 +1,146 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"example.com/etcdutil"
+)
+
+const (
+	// strictName is a lock that nobody takes away: to it the rule applies in full. Faults are aimed at its holder.
+	strictName = "exclusion/strict"
+	// disturbedName is a lock whose keys the torture deletes and whose leases it revokes.
+	disturbedName = "exclusion/disturbed"
+	// sharedName is a lock that clients hold by leases which they share, several clients to a lease, so that keys are used
+	// again and again.
+	sharedName = "exclusion/shared"
+)
+
+func (t *torture) startExclusion(h *host) {
+	t.work(h, strictName, true, (*worker).holdStrict)
+	t.work(h, disturbedName, true, (*worker).holdDisturbed)
+	lease := &sharedLease{host: h}
+	for range 2 {
+		t.work(h, sharedName, true, func(w *worker) { w.holdShared(lease) })
+	}
+	private := fmt.Sprintf("exclusion/private-%d", h.id)
+	t.work(h, private, true, func(w *worker) { w.holdPrivate(lease, private) })
+	t.atEnd(lease.close)
+}
+
+// holdStrict holds the lock for a moment, or for so long that a fault is likely to hit, or beyond its parent's end.
+func (w *worker) holdStrict() {
+	parent, cancel := context.WithCancel(w.ctx)
+	defer cancel()
+	lock, h := w.acquire(parent, strictName, w.options()...)
+	if lock == nil {
+		return
+	}
+	switch w.rand.IntN(4) {
+	case 0, 1:
+		w.hold(lock, w.upTo(100*time.Millisecond))
+	case 2:
+		w.hold(lock, time.Second+w.upTo(3*time.Second))
+	case 3:
+		w.hold(lock, w.upTo(300*time.Millisecond))
+		cancel()
+		w.hold(w.ctx, w.upTo(2500*time.Millisecond)) // it winds down: nothing is released before Close
+	}
+	w.release(lock, h)
+	sleep(w.ctx, w.upTo(50*time.Millisecond))
+}
+
+// options are those of a lease of its own, and at times a bound on the wait.
+func (w *worker) options() []etcdutil.LockOption {
+	opts := []etcdutil.LockOption{etcdutil.WithTTL(leaseTTL)}
+	if !w.settling.Load() && w.chance(20) {
+		opts = append(opts, etcdutil.WithAcquireTimeout(time.Millisecond+w.upTo(4*time.Second)))
+	}
+	return opts
+}
+
+func (w *worker) holdDisturbed() {
+	lock, h := w.acquire(w.ctx, disturbedName, w.options()...)
+	if lock == nil {
+		return
+	}
+	w.hold(lock, w.upTo(4*time.Second))
+	w.release(lock, h)
+	sleep(w.ctx, w.upTo(50*time.Millisecond))
+}
+
+// holdShared is in a hurry: what can go wrong with a key that is used again goes wrong while somebody looks at it.
+func (w *worker) holdShared(shared *sharedLease) {
+	lease := shared.get(w)
+	if lease == nil {
+		return
+	}
+	var lock *etcdutil.Lock
+	var h *holding
+	switch {
+	case w.settling.Load() || w.chance(60):
+		lock, h = w.acquire(w.ctx, sharedName, etcdutil.WithLease(lease))
+	case w.chance(50):
+		lock, h = w.acquire(w.ctx, sharedName, etcdutil.WithLease(lease), etcdutil.WithAcquireTimeout(time.Millisecond+w.upTo(30*time.Millisecond)))
+	default:
+		lock, h = w.tryAcquire(w.ctx, sharedName, etcdutil.WithLease(lease))
+	}
+	if lock == nil {
+		return
+	}
+	w.hold(lock, w.upTo(5*time.Millisecond))
+	w.release(lock, h)
+	sleep(w.ctx, w.upTo(10*time.Millisecond))
+}
+
+// holdPrivate uses the shared lease for a name of its own: a lease's locks take their keys in turn, and so the others come
+// to use theirs again.
+func (w *worker) holdPrivate(shared *sharedLease, name string) {
+	lease := shared.get(w)
+	if lease == nil {
+		return
+	}
+	if lock, h := w.acquire(w.ctx, name, etcdutil.WithLease(lease)); lock != nil {
+		w.release(lock, h)
+	}
+	sleep(w.ctx, 5*time.Millisecond+w.upTo(20*time.Millisecond))
+}
+
+// sharedLease is a host's lease for many locks, granted anew when it is lost.
+type sharedLease struct {
+	host  *host
+	mu    sync.Mutex
+	lease *etcdutil.Lease
+}
+
+// get returns nil, after a while, if there is no lease to be had.
+func (s *sharedLease) get(w *worker) *etcdutil.Lease {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lease != nil && s.lease.Err() == nil {
+		return s.lease
+	}
+	if s.lease != nil {
+		_ = s.lease.Close()
+		s.lease = nil
+	}
+	lease, err := etcdutil.NewLease(w.ctx, s.host.client, leaseTTL)
+	if err != nil {
+		w.operations.add("grant: "+outcomeOf(err), 1)
+		sleep(w.ctx, w.upTo(20*time.Millisecond))
+		return nil
+	}
+	s.lease = lease
+	return lease
+}
+
+func (s *sharedLease) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.lease != nil {
+		_ = s.lease.Close()
+	}
+}

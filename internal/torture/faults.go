@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// inject carries out the schedule, and returns when its last fault is healed.
+func (t *torture) inject(schedule []fault) {
+	var faults sync.WaitGroup
+	for _, f := range schedule {
+		sleep(t.ctx, f.At-t.now())
+		faults.Go(func() { t.injectOne(f) })
+	}
+	faults.Wait()
+}
+
+func (t *torture) injectOne(f fault) {
+	done, err := t.carryOut(f)
+	switch {
+	case err != nil:
+		t.fail(fmt.Errorf("%s: %w", f.Kind, err))
+	case done:
+		t.faults.add(string(f.Kind), 1)
+	}
+}
+
+// carryOut reports whether there was anything to do the fault to.
+func (t *torture) carryOut(f fault) (done bool, err error) {
+	switch f.Kind {
+	case killLeader, stopMember, stopTwo, isolateLeader, isolateMember:
+		return true, t.faultMembers(f)
+	case cutLink, dropReplies, delayLink, resetLink:
+		return t.faultLinks(f), nil
+	case deleteKey, revokeLease:
+		return t.takeLock(f.Kind)
+	case compact:
+		return t.compact(f.Behind)
+	case pauseHolders, lateHolders:
+		return t.pauseHolders(f), nil
+	}
+	return false, fmt.Errorf("unknown fault")
+}
+
+func (t *torture) faultMembers(f fault) error {
+	member, do, undo := f.Member, t.cluster.Stop, t.cluster.Restart
+	if f.Kind == killLeader || f.Kind == isolateLeader {
+		if leader := t.cluster.Leader(); leader >= 0 {
+			member = leader
+		}
+	}
+	if f.Kind == isolateLeader || f.Kind == isolateMember {
+		do, undo = t.cluster.Isolate, t.cluster.Rejoin
+	}
+	targets := []int{member}
+	if f.Kind == stopTwo {
+		targets = append(targets, (member+1)%members)
+	}
+	defer t.troubles.begin(everyHost)()
+	if err := each(targets, do); err != nil {
+		return err
+	}
+	sleep(context.Background(), f.For)
+	return each(targets, undo)
+}
+
+func each(members []int, do func(int) error) error {
+	for _, m := range members {
+		if err := do(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *torture) faultLinks(f fault) bool {
+	h := t.target(f)
+	if h == nil {
+		return false
+	}
+	defer h.faulted.Store(false)
+	defer t.troubles.begin(h.id)()
+	for _, l := range h.to(f.Member) {
+		switch f.Kind {
+		case cutLink:
+			l.Cut()
+		case dropReplies:
+			l.DropReplies()
+		case delayLink:
+			l.Delay(f.Delay)
+		case resetLink:
+			l.Reset()
+		}
+	}
+	sleep(context.Background(), f.For)
+	h.heal()
+	return true
+}
+
+// target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.
+func (t *torture) target(f fault) *host {
+	id := f.Host
+	if holding := t.ledger.holder(strictName); f.Aimed && holding != nil {
+		id = holding.host
+	}
+	for i := range t.hosts {
+		if h := t.hosts[(id+i)%len(t.hosts)]; h.faulted.CompareAndSwap(false, true) {
+			return h
+		}
+	}
+	return nil
+}
+
+// takeLock takes the lock of the name that is there for it from its holder, by deleting its key or by revoking its lease.
+func (t *torture) takeLock(by kind) (bool, error) {
+	h := t.ledger.holder(disturbedName)
+	if h == nil {
+		return false, nil
+	}
+	t.ledger.disturb(h, 0)
+	ctx, cancel := context.WithTimeout(t.ctx, 3*time.Second)
+	defer cancel()
+	if by == revokeLease {
+		if _, err := t.admin.Revoke(ctx, h.lock.Lease().ID()); err != nil {
+			return false, nil // there is no majority now, or the holder was quicker
+		}
+		t.ledger.disturb(h, t.now())
+		return true, nil
+	}
+	resp, err := t.admin.Txn(ctx).If(h.lock.IsOwner()).Then(clientv3.OpDelete(h.lock.Key())).Commit()
+	if err != nil || !resp.Succeeded {
+		return false, nil
+	}
+	t.ledger.disturb(h, t.now())
+	return true, nil
+}
+
+// compact forgets the history up to a little behind what the oracle has seen: it must see everything.
+func (t *torture) compact(behind int64) (bool, error) {
+	ctx, cancel := context.WithTimeout(t.ctx, 3*time.Second)
+	defer cancel()
+	revision := t.oracle.revision() - behind
+	if revision < 1 {
+		return false, nil
+	}
+	_, err := t.admin.Compact(ctx, revision)
+	return err == nil, nil
+}
+
+// pauseHolders stops both child processes, each at the worst moment: when it holds the lock, has read the set, has made
+// sure that it still holds the lock, and is about to write.
+func (t *torture) pauseHolders(f fault) bool {
+	ctx, cancel := context.WithTimeout(t.ctx, max(f.At+f.For-t.now(), 6*time.Second))
+	defer cancel()
+	var done [2]bool
+	var pausing sync.WaitGroup
+	for i, c := range t.children {
+		pausing.Go(func() { done[i] = c.pause(ctx, pause{length: f.For, late: f.Kind == lateHolders}) })
+	}
+	pausing.Wait()
+	return done[0] || done[1]
+}
+
+// healAll makes sure that no fault outlasts the schedule.
+func (t *torture) healAll() error {
+	for m := range members {
+		if err := t.cluster.Restart(m); err != nil {
+			return err
+		}
+		if err := t.cluster.Rejoin(m); err != nil {
+			return err
+		}
+	}
+	for _, h := range t.hosts {
+		h.heal()
+	}
+	return nil
+}
+
+const (
+	everyHost = -1
+	// recovery is for how long after a fault it excuses a holder that is told late: connections are made anew, and a
+	// leader elected.
+	recovery = 4 * time.Second
+)
+
+// troubles records when faults kept hosts from hearing what etcd had to say.
+type troubles struct {
+	clock
+	mu  sync.Mutex
+	all []*trouble
+}
+
+type trouble struct {
+	host     int
+	from, to time.Duration // to is 0 until it ends
+}
+
+func (t *troubles) begin(host int) (end func()) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	one := &trouble{host: host, from: t.now()}
+	t.all = append(t.all, one)
+	return func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		one.to = t.now() + recovery
+	}
+}
+
+func (t *troubles) between(host int, from, to time.Duration) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, one := range t.all {
+		if (one.host == host || one.host == everyHost) && one.from < to && (one.to == 0 || from < one.to) {
+			return true
+		}
+	}
+	return false
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}

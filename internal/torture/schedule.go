@@ -1,0 +1,131 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+)
+
+// kind is what a fault does.
+type kind string
+
+const (
+	killLeader    kind = "kill leader"
+	stopMember    kind = "stop member"
+	stopTwo       kind = "stop two members"
+	isolateLeader kind = "isolate leader"
+	isolateMember kind = "isolate member"
+	cutLink       kind = "cut link"
+	dropReplies   kind = "drop replies"
+	delayLink     kind = "delay link"
+	resetLink     kind = "reset link"
+	deleteKey     kind = "delete lock key"
+	revokeLease   kind = "revoke lease"
+	compact       kind = "compact"
+	pauseHolders  kind = "pause holders"
+	lateHolders   kind = "pause holders, deliver late"
+)
+
+// A fault is one entry of the schedule.
+type fault struct {
+	At     time.Duration
+	Kind   kind
+	For    time.Duration // until it is healed
+	Host   int           // whose link
+	Aimed  bool          // at the holder of the strict lock instead, if there is one
+	Member int           // which member; of a link, to which member, or all if it is negative
+	Delay  time.Duration // of a link
+	Behind int64         // how many revisions a compaction leaves
+}
+
+func (f fault) String() string {
+	return fmt.Sprintf("%8v %-28s for %8v host %d aimed %-5t member %2d delay %v behind %d",
+		f.At.Round(time.Millisecond), f.Kind, f.For.Round(time.Millisecond), f.Host, f.Aimed, f.Member, f.Delay.Round(time.Millisecond), f.Behind)
+}
+
+const (
+	members = 3
+	hosts   = 5
+)
+
+// plan makes the schedule of a seed. A shorter one is the beginning of a longer one, save what would not be healed in time.
+func plan(seed uint64, length time.Duration) []fault {
+	var all []fault
+	for i, lane := range []lane{planMembers, planLinks, planKeys, planPauses} {
+		r := rand.New(rand.NewPCG(seed, uint64(i)))
+		for at := time.Duration(0); at < length; {
+			f, next := lane(r, at)
+			if at = next; f.At+f.For <= length {
+				all = append(all, f)
+			}
+		}
+	}
+	slices.SortStableFunc(all, func(a, b fault) int { return cmp.Compare(a.At, b.At) })
+	return all
+}
+
+// A lane plans the next fault of its sort, after the last one's time, and when it can plan again. Lanes do not know of each
+// other: their faults coincide.
+type lane func(r *rand.Rand, after time.Duration) (f fault, next time.Duration)
+
+// planMembers has one fault of the members at a time, so that they lose their quorum when it is said and for as long.
+func planMembers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 1500*time.Millisecond, 5*time.Second),
+		Kind:   pick(r, killLeader, killLeader, stopMember, stopMember, isolateLeader, isolateLeader, isolateMember, stopTwo),
+		For:    between(r, time.Second, 4*time.Second),
+		Member: r.IntN(members),
+	}
+	if f.Kind == stopTwo {
+		f.For /= 2
+	}
+	return f, f.At + f.For
+}
+
+// planLinks has faults of several clients' links at a time.
+func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 200*time.Millisecond, 1500*time.Millisecond),
+		Kind:   pick(r, cutLink, cutLink, cutLink, dropReplies, dropReplies, delayLink, delayLink, resetLink, resetLink),
+		Host:   r.IntN(hosts),
+		Aimed:  r.IntN(2) == 0,
+		Member: max(r.IntN(2*members)-members, -1), // all of them, in four of six
+		Delay:  between(r, 5*time.Millisecond, 500*time.Millisecond),
+		For:    between(r, 300*time.Millisecond, 5*time.Second),
+	}
+	if f.Kind == resetLink {
+		f.For = 0
+	}
+	return f, f.At
+}
+
+func planKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 300*time.Millisecond, 2*time.Second),
+		Kind:   pick(r, deleteKey, revokeLease, compact),
+		Behind: r.Int64N(300),
+	}
+	return f, f.At
+}
+
+// planPauses stops both holders that are processes of their own, for longer than a lease lives without renewal: 2 s, up to
+// 0.5 s until the server looks, and a while for somebody else to take over.
+func planPauses(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:   after + between(r, 50*time.Millisecond, 500*time.Millisecond),
+		Kind: pick(r, pauseHolders, lateHolders),
+		For:  between(r, 3500*time.Millisecond, 5500*time.Millisecond),
+	}
+	if after == 0 {
+		f.Kind = pauseHolders // the surest bite, for a short run
+	}
+	return f, f.At + f.For + between(r, 500*time.Millisecond, 2*time.Second)
+}
+
+func between(r *rand.Rand, low, high time.Duration) time.Duration {
+	return low + time.Duration(r.Int64N(int64(high-low)))
+}
+
+func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }

@@ -1,0 +1,290 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"example.com/etcdutil/etcdtest"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// torture is one run.
+type torture struct {
+	seed     uint64
+	length   time.Duration
+	pictures string
+	clock
+
+	ctx      context.Context // ends when the workloads are to end
+	end      context.CancelFunc
+	settling atomic.Bool // the faults have stopped
+	working  sync.WaitGroup
+	atEnds   []func()
+
+	cluster  *etcdtest.Cluster
+	admin    *clientv3.Client // straight to the members
+	hosts    []*host
+	children []*child
+	apart    []*host // the children's
+
+	ledger     *ledger
+	pulse      *pulse
+	troubles   *troubles
+	oracle     *oracle
+	history    *history
+	elements   map[lockset]*elements
+	waiters    *waiters
+	operations *tally
+	faults     *tally
+	holders    *tally
+
+	mu         sync.Mutex
+	rand       *rand.Rand
+	violations []string
+	err        error // why the run itself is worth nothing
+}
+
+// run tortures the library. The error is for what kept it from that; broken promises are in the report.
+func run(seed uint64, length time.Duration, pictures string) (*report, error) {
+	c := clock{time.Now()}
+	t := &torture{
+		seed: seed, length: length, pictures: pictures, clock: c,
+		ledger: newLedger(c), pulse: &pulse{clock: c}, troubles: &troubles{clock: c}, oracle: &oracle{}, history: &history{},
+		elements: map[lockset]*elements{fencedSet: {}, controlSet: {}},
+		waiters:  &waiters{}, operations: &tally{}, faults: &tally{}, holders: &tally{},
+		rand: rand.New(rand.NewPCG(seed, 1<<32)),
+	}
+	t.ctx, t.end = context.WithCancel(context.Background())
+	defer t.tearDown()
+	if err := t.setUp(); err != nil {
+		return nil, err
+	}
+	r := &report{seed: seed, length: length, operations: t.operations, faults: t.faults, holders: t.holders}
+	background, stop := context.WithCancel(context.Background())
+	var following sync.WaitGroup
+	following.Go(func() { t.oracle.run(background, t.admin) })
+	following.Go(func() { t.pulse.run(background) })
+	defer following.Wait()
+	defer stop()
+
+	t.start = time.Now()
+	t.ledger.clock, t.pulse.clock, t.troubles.clock = t.clock, t.clock, t.clock
+	t.startWorkloads()
+	t.inject(plan(seed, length))
+	sleep(t.ctx, t.length-t.now())
+	if err := t.healAll(); err != nil {
+		return nil, err
+	}
+	t.settle(r)
+	if err := t.bite(); err != nil {
+		return nil, err
+	}
+	t.stopWorkloads()
+	if err := t.check(r); err != nil {
+		return nil, err
+	}
+	stop()
+	following.Wait()
+	t.checkLeaks(r)
+	r.violations = t.violations
+	return r, t.err
+}
+
+func (t *torture) setUp() (err error) {
+	if t.cluster, err = etcdtest.New(members); err != nil {
+		return err
+	}
+	if t.admin, err = newClient(t.cluster.Endpoints()); err != nil {
+		return err
+	}
+	for id := range hosts {
+		h, err := newHost(id, t.cluster.Endpoints())
+		if err != nil {
+			return err
+		}
+		t.hosts = append(t.hosts, h)
+		if err := h.connect(); err != nil {
+			return err
+		}
+	}
+	for i, s := range []lockset{fencedSet, controlSet} {
+		h, err := newHost(hosts+i, t.cluster.Endpoints())
+		if err != nil {
+			return err
+		}
+		t.apart = append(t.apart, h)
+		c, err := t.startChild(h, s)
+		if err != nil {
+			return err
+		}
+		t.children = append(t.children, c)
+	}
+	for _, c := range t.children {
+		select {
+		case <-c.ready:
+		case <-c.ended:
+			return errors.New("a child ended before it was ready")
+		}
+	}
+	return nil
+}
+
+// startWorkloads starts five clients of each. Of the lock-sets one is a child, which already queues.
+func (t *torture) startWorkloads() {
+	for _, h := range t.hosts {
+		if h.id > 0 {
+			t.startLockset(h, fencedSet)
+			t.startLockset(h, controlSet)
+		}
+		t.startExclusion(h)
+		t.startRegister(h)
+	}
+}
+
+// liveness is how long after the faults everybody may take to be served.
+const liveness = 15 * time.Second
+
+// settle waits until every waiter has had the lock once more.
+func (t *torture) settle(r *report) {
+	t.settling.Store(true)
+	healed := t.now()
+	for len(t.waiters.since(healed)) > 0 && t.now() < healed+liveness {
+		sleep(t.ctx, 10*time.Millisecond)
+	}
+	r.everybodyHadTheLock = t.now() - healed
+	for _, w := range t.waiters.since(healed) {
+		t.violate("liveness: %v after the faults had stopped, the client of %s on host %d has not had the lock; last at %v",
+			liveness, w.name, w.host, ms(w.last))
+	}
+}
+
+// bite pauses the control's child once or twice more if the control has lost nothing yet: a short run has room for a pause or
+// two, and what was written after one may have met another fault.
+func (t *torture) bite() error {
+	for range 2 {
+		lost, err := t.checkLockset(t.ctx, controlSet)
+		if err != nil || lost > 0 {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(t.ctx, liveness)
+		t.children[1].pause(ctx, pause{length: 4 * time.Second})
+		cancel()
+		t.faults.add("pause the control once more", 1)
+		sleep(t.ctx, time.Second) // until what was written is recorded
+	}
+	return nil
+}
+
+// stopWorkloads waits until all clients have given back what they had.
+func (t *torture) stopWorkloads() {
+	t.end()
+	for _, c := range t.children {
+		if err := c.stop(); err != nil {
+			t.fail(err)
+		}
+	}
+	t.working.Wait()
+	for _, f := range t.atEnds {
+		f()
+	}
+}
+
+// atEnd has f called when all workers have ended.
+func (t *torture) atEnd(f func()) { t.atEnds = append(t.atEnds, f) }
+
+func (t *torture) check(r *report) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	t.checkHoldings(r)
+	if r.fenced, err = t.checkElements(ctx, fencedSet); err != nil {
+		return err
+	}
+	if r.control, err = t.checkElements(ctx, controlSet); err != nil {
+		return err
+	}
+	if r.control.lost == 0 {
+		t.violate("lock-set: the unfenced control lost nothing: the faults do not bite")
+	}
+	r.linearizable, err = t.checkRegisters(ctx)
+	return err
+}
+
+func (t *torture) checkElements(ctx context.Context, s lockset) (lostElements, error) {
+	lost, err := t.checkLockset(ctx, s)
+	return lostElements{lost, t.elements[s].count(acknowledged)}, err
+}
+
+func (t *torture) checkHoldings(r *report) {
+	stalls := t.pulse.all()
+	r.stalls = len(stalls)
+	for _, s := range stalls {
+		r.longestStall = max(r.longestStall, s.to-s.from)
+	}
+	for name, holdings := range t.ledger.byName() {
+		x := checkExclusion(name, holdings, stalls)
+		for _, v := range x.violations {
+			t.violate("%s", v)
+		}
+		r.excused += x.excused
+		if x.margins > 0 && (r.margins == 0 || x.margin < r.margin) {
+			r.margin, r.tightest = x.margin, x.tightest
+		}
+		r.margins += x.margins
+		told, violations := checkTold(holdings, t.toldLate(stalls))
+		for _, v := range violations {
+			t.violate("%s", v)
+		}
+		r.told += told
+	}
+}
+
+// toldLate says what excuses a holder that is told late.
+func (t *torture) toldLate(stalls []stall) func(host int, from, to time.Duration) bool {
+	return func(host int, from, to time.Duration) bool {
+		return t.troubles.between(host, from, to) || within(stalls, from, to) > (to-from)/4
+	}
+}
+
+// tearDown ends everything, also when setting up has failed.
+func (t *torture) tearDown() {
+	t.stopWorkloads()
+	for _, h := range append(t.hosts, t.apart...) {
+		h.close()
+	}
+	if t.admin != nil {
+		_ = t.admin.Close()
+	}
+	if t.cluster != nil {
+		_ = t.cluster.Close()
+	}
+}
+
+// newRand is for one worker. Only the schedule is replayed exactly; this is as near as goroutines let it be.
+func (t *torture) newRand() *rand.Rand {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return rand.New(rand.NewPCG(t.rand.Uint64(), t.rand.Uint64()))
+}
+
+// maxViolations keeps one broken promise from filling the screen.
+const maxViolations = 50
+
+func (t *torture) violate(format string, args ...any) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.violations) < maxViolations {
+		t.violations = append(t.violations, fmt.Sprintf(format, args...))
+	}
+}
+
+// fail notes an error of the torture itself.
+func (t *torture) fail(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.err = errors.Join(t.err, err)
+}
