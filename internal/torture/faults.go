@@ -185,7 +185,7 @@ const (
 	everyHost = -1
 	// recovery is for how long after a fault it excuses a holder that is told late: connections are made anew, and a
 	// leader elected.
-	recovery = 4 * time.Second
+	recovery = 2500 * time.Millisecond
 )
 
 // troubles records when faults kept hosts from hearing what etcd had to say.

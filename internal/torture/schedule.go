@@ -73,9 +73,9 @@ type lane func(r *rand.Rand, after time.Duration) (f fault, next time.Duration)
 // planMembers has one fault of the members at a time, so that they lose their quorum when it is said and for as long.
 func planMembers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
-		At:     after + between(r, 1500*time.Millisecond, 5*time.Second),
+		At:     after + between(r, 2*time.Second, 7*time.Second),
 		Kind:   pick(r, killLeader, killLeader, stopMember, stopMember, isolateLeader, isolateLeader, isolateMember, stopTwo),
-		For:    between(r, time.Second, 4*time.Second),
+		For:    between(r, 800*time.Millisecond, 3500*time.Millisecond),
 		Member: r.IntN(members),
 	}
 	if f.Kind == stopTwo {
@@ -87,13 +87,13 @@ func planMembers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 // planLinks has faults of several clients' links at a time.
 func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
-		At:     after + between(r, 200*time.Millisecond, 1500*time.Millisecond),
+		At:     after + between(r, 300*time.Millisecond, 2*time.Second),
 		Kind:   pick(r, cutLink, cutLink, cutLink, dropReplies, dropReplies, delayLink, delayLink, resetLink, resetLink),
 		Host:   r.IntN(hosts),
 		Aimed:  r.IntN(2) == 0,
 		Member: max(r.IntN(2*members)-members, -1), // all of them, in four of six
 		Delay:  between(r, 5*time.Millisecond, 500*time.Millisecond),
-		For:    between(r, 300*time.Millisecond, 5*time.Second),
+		For:    between(r, 300*time.Millisecond, 4500*time.Millisecond),
 	}
 	if f.Kind == resetLink {
 		f.For = 0
@@ -103,7 +103,7 @@ func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 
 func planKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
-		At:     after + between(r, 300*time.Millisecond, 2*time.Second),
+		At:     after + between(r, 200*time.Millisecond, 1500*time.Millisecond),
 		Kind:   pick(r, deleteKey, revokeLease, compact),
 		Behind: r.Int64N(300),
 	}

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Breaks the library on purpose, one way at a time, and shows that the torture sees it: a test that cannot fail proves
+# nothing. The repository is left alone, the breakages are made in copies of it. Needs bash, perl and Go.
+#
+#   internal/torture/planted.sh [NAME...]    the breakages to plant; default: all
+#   SEED=7 FOR=30s                           the schedule
+#
+# Exits with 1 if a breakage no longer applies, does not compile, is not seen within a minute, or is seen as something else.
+set -euo pipefail
+exec </dev/null
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+seed=${SEED:-7} length=${FOR:-30s}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# The breakages: what is changed, in which file, and which violation is to be seen.
+names=(late-expiry unfenced-commit release-on-parent-end no-create-revision)
+
+plant() { # NAME: breaks the library in the current directory, and sets $expected
+	case $1 in
+	late-expiry) # as client/v3 does it: from when the answer came, looked at every second
+		expected='exclusion: .* two held it'
+		replace lease.go 'expiry := sent.Add(ttl - l.margin)' 'expiry := time.Now().Add(ttl + time.Second)'
+		;;
+	unfenced-commit) # compares nothing
+		expected='lock-set: .* are lost|register: '
+		replace lock.go 'If(l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)).' ''
+		replace lock.go 'clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(l.key))'
+		;;
+	release-on-parent-end) # while the work still winds down
+		expected='exclusion: .* two held it'
+		replace lock.go 'l.config.logger.Info("etcdutil: lock acquired"' \
+			'context.AfterFunc(ctx, func() { _ = l.Close() }); l.config.logger.Info("etcdutil: lock acquired"'
+		;;
+	no-create-revision) # takes a key that is used again for the one that it waits for
+		expected='liveness: .* exclusion/shared'
+		replace lock.go 'now[0].CreateRevision == older.CreateRevision && ' ''
+		;;
+	*) fail "$1: no such breakage" ;;
+	esac
+}
+
+replace() { # FILE OLD NEW
+	OLD=$2 NEW=$3 perl -0pi -e 's/\Q$ENV{OLD}\E/$ENV{NEW}/ == 1 or exit 1' "$1" || fail "no longer applies to $1: $2"
+}
+
+fail() {
+	printf 'FAILED: %s\n' "$*" >&2
+	exit 1
+}
+
+see() { # NAME
+	local copy=$work/$1 status=0 begin expected
+	mkdir "$copy"
+	(cd "$repository" && git ls-files -z --cached --others --exclude-standard | xargs -0 tar cf -) | tar xf - -C "$copy"
+	cd "$copy"
+	plant "$1"
+	go build -o torture ./internal/torture || fail "$1: does not compile"
+	begin=$SECONDS
+	timeout 60 ./torture -seed "$seed" -for "$length" -pictures "$work" >report 2>&1 || status=$?
+	[[ $status == 1 ]] || { cat report >&2 && fail "$1: not seen (exit status $status)"; }
+	grep -Eq "VIOLATION ($expected)" report || { cat report >&2 && fail "$1: seen as something else"; }
+	printf '%-24s seen after %d s: %s\n' "$1" $((SECONDS - begin)) "$(grep -E "VIOLATION ($expected)" report | head -n 1 | cut -c 1-160)"
+	cd "$repository"
+	rm -rf "$copy"
+}
+
+[[ $# -gt 0 ]] && names=("$@")
+for name in "${names[@]}"; do see "$name"; done

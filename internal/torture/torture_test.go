@@ -1,0 +1,233 @@
+package main
+
+import (
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+func TestMain(m *testing.M) {
+	if isChild() {
+		os.Exit(childMain())
+	}
+	os.Exit(m.Run())
+}
+
+const testLength = 10 * time.Second
+
+func TestPromisesHoldUnderTheFaultsOfAFixedSeed(t *testing.T) { mustHold(t, 7) }
+
+func TestPromisesHoldUnderTheFaultsOfAFreshSeed(t *testing.T) { mustHold(t, freshSeed()) }
+
+func mustHold(t *testing.T, seed uint64) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("takes longer than 10 s")
+	}
+	t.Logf("seed %d", seed)
+	r, err := run(seed, testLength, os.TempDir())
+	require.NoError(t, err, "seed %d", seed)
+	t.Log("\n" + r.String())
+	assert.Empty(t, r.violations, "seed %d", seed)
+}
+
+func TestTheSeedMakesTheSchedule(t *testing.T) {
+	assert.Equal(t, plan(1, time.Minute), plan(1, time.Minute))
+	assert.NotEqual(t, plan(1, time.Minute), plan(2, time.Minute))
+}
+
+func TestALongerScheduleBeginsLikeAShorterOne(t *testing.T) {
+	long := plan(3, time.Minute)
+	for _, f := range plan(3, 20*time.Second) {
+		assert.Contains(t, long, f)
+	}
+}
+
+func TestEveryKindOfFaultIsPlannedAndHealed(t *testing.T) {
+	kinds := make(map[kind]int)
+	for seed := range uint64(10) {
+		for _, f := range plan(seed, time.Minute) {
+			kinds[f.Kind]++
+			assert.LessOrEqual(t, f.At+f.For, time.Minute)
+		}
+	}
+	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutLink, dropReplies, delayLink,
+		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders} {
+		assert.NotZero(t, kinds[k], k)
+	}
+}
+
+func TestMembersFailOneFaultAtATimeAndTheQuorumIsLostForSecondsOnly(t *testing.T) {
+	memberFaults := map[kind]bool{killLeader: true, stopMember: true, stopTwo: true, isolateLeader: true, isolateMember: true}
+	for seed := range uint64(20) {
+		var busy time.Duration
+		for _, f := range plan(seed, time.Minute) {
+			if !memberFaults[f.Kind] {
+				continue
+			}
+			assert.GreaterOrEqual(t, f.At, busy)
+			busy = f.At + f.For
+			if f.Kind == stopTwo {
+				assert.LessOrEqual(t, f.For, 2*time.Second)
+			}
+		}
+	}
+}
+
+const sec = time.Second
+
+func held(token int64, from, to time.Duration) *holding {
+	return &holding{name: "n", token: token, acquired: from, end: to, ended: true}
+}
+
+func TestExclusionSeesAnOverlap(t *testing.T) {
+	x := checkExclusion("n", []*holding{held(1, 0, 2*sec), held(2, 1900*time.Millisecond, 3*sec)}, nil)
+	require.Len(t, x.violations, 1)
+	assert.Contains(t, x.violations[0], "two held it for 100ms")
+}
+
+func TestExclusionSeesAnOverlapBehindAShorterHolding(t *testing.T) {
+	x := checkExclusion("n", []*holding{held(1, 0, 5*sec), held(2, 6*sec, 7*sec), held(3, 1*sec, 2*sec), held(4, 3*sec, 4*sec)}, nil)
+	assert.Len(t, x.violations, 3) // both, and a token that did not grow
+}
+
+func TestExclusionSeesATokenThatDidNotGrow(t *testing.T) {
+	for _, second := range []int64{4, 5} {
+		x := checkExclusion("n", []*holding{held(5, 0, sec), held(second, 2*sec, 3*sec)}, nil)
+		require.Len(t, x.violations, 1)
+		assert.Contains(t, x.violations[0], "did not grow")
+	}
+}
+
+func TestExclusionPassesHoldersInTurnAndMeasuresTheMargin(t *testing.T) {
+	first, second := held(1, 0, sec), held(2, 1500*time.Millisecond, 2*sec)
+	first.told = true
+	x := checkExclusion("n", []*holding{second, first, held(3, 2*sec, 3*sec)}, nil)
+	assert.Empty(t, x.violations)
+	assert.Equal(t, 1, x.margins)
+	assert.Equal(t, 500*time.Millisecond, x.margin)
+}
+
+func TestExclusionLeavesOutWhomTheTortureDisturbed(t *testing.T) {
+	first := held(1, 0, 2*sec)
+	first.disturbed = true
+	assert.Empty(t, checkExclusion("n", []*holding{first, held(2, sec, 3*sec)}, nil).violations)
+}
+
+func TestExclusionExcusesNoMoreThanTheProcessWasStalled(t *testing.T) {
+	holdings := []*holding{held(1, 0, 2*sec), held(2, 1900*time.Millisecond, 3*sec)}
+	x := checkExclusion("n", holdings, []stall{{1800 * time.Millisecond, 1990 * time.Millisecond}})
+	assert.Empty(t, x.violations)
+	assert.Equal(t, 1, x.excused)
+	assert.Len(t, checkExclusion("n", holdings, []stall{{1900 * time.Millisecond, 1990 * time.Millisecond}}).violations, 1)
+}
+
+func TestToldSeesAHolderThatWasToldLateOrNever(t *testing.T) {
+	never := func(int, time.Duration, time.Duration) bool { return false }
+	late, unaware, inTime, gone := held(1, 0, 4*sec), held(2, 0, 9*sec), held(3, 0, 2*sec), held(4, 0, 2*sec)
+	late.told, inTime.told = true, true
+	for _, h := range []*holding{late, unaware, inTime, gone} {
+		h.deleted = 1500 * time.Millisecond
+	}
+	checked, violations := checkTold([]*holding{late, unaware, inTime, gone, held(5, 0, 9*sec)}, never)
+	assert.Equal(t, 3, checked)
+	assert.Len(t, violations, 2)
+	checked, violations = checkTold([]*holding{late}, func(int, time.Duration, time.Duration) bool { return true })
+	assert.Zero(t, checked)
+	assert.Empty(t, violations)
+}
+
+func TestLocksetSeesWhatIsLostAndWhatIsThereButShouldNotBe(t *testing.T) {
+	e := &elements{}
+	e.record("kept", acknowledged)
+	e.record("lost", acknowledged)
+	e.record("perhaps", unknown)
+	e.record("refused", refused)
+	e.record("ghost", refused)
+	e.record("twice", acknowledged)
+	lost, wrong := e.check([]string{"kept", "ghost", "twice", "twice", "stranger"})
+	assert.Equal(t, []string{"lost"}, lost)
+	assert.Equal(t, []string{"ghost is there, but was refused", "stranger was never added", "twice is there 2 times"}, wrong)
+}
+
+func linearizable(h *history) bool { return porcupine.CheckOperations(registerModel, h.operations()) }
+
+func TestRegisterSeesAStaleRead(t *testing.T) {
+	h := &history{}
+	h.wrote(0, 1, "a", acknowledged, 0, 1)
+	h.wrote(0, 1, "b", acknowledged, 2, 3)
+	h.read(1, 1, "b", 4, 5)
+	require.True(t, linearizable(h))
+	h.read(1, 1, "a", 6, 7)
+	assert.False(t, linearizable(h))
+}
+
+func TestRegisterSeesALostWrite(t *testing.T) {
+	h := &history{}
+	h.wrote(0, 0, "a", acknowledged, 0, 1)
+	h.read(1, 0, "", 2, 3)
+	assert.False(t, linearizable(h))
+}
+
+func TestRegisterSeesAWriteThatWasRefusedButApplied(t *testing.T) {
+	h := &history{}
+	h.wrote(0, 0, "a", refused, 0, 1)
+	h.read(1, 0, "a", 2, 3)
+	assert.False(t, linearizable(h))
+}
+
+func TestRegisterLetsAWriteOfUnknownOutcomeComeLateOrNeverButOnce(t *testing.T) {
+	h := &history{}
+	h.wrote(0, 0, "never", unknown, 0, 1)
+	h.wrote(0, 0, "late", unknown, 2, 3)
+	h.wrote(1, 0, "b", acknowledged, 4, 5)
+	h.read(1, 0, "b", 6, 7)
+	h.read(1, 0, "late", 8, 9)
+	require.True(t, linearizable(h))
+	h.wrote(1, 0, "c", acknowledged, 10, 11)
+	h.read(1, 0, "c", 12, 13)
+	h.read(1, 0, "late", 14, 15)
+	assert.False(t, linearizable(h))
+}
+
+func TestRegisterSeesAWriteThatWasAppliedTwice(t *testing.T) {
+	h := &history{}
+	h.wrote(0, 2, "a", acknowledged, 0, 1)
+	h.wrote(0, 2, "b", unknown, 2, 3)
+	assert.NotEmpty(t, h.checkVersion(2, 0))
+	assert.Empty(t, h.checkVersion(2, 1))
+	assert.Empty(t, h.checkVersion(2, 2))
+	assert.NotEmpty(t, h.checkVersion(2, 3))
+}
+
+func TestLivenessKnowsWhoHasNotHadTheLock(t *testing.T) {
+	ws := &waiters{}
+	early, late, never := ws.add("n", 0), ws.add("n", 1), ws.add("n", 2)
+	early.had(sec)
+	late.had(3 * sec)
+	assert.Equal(t, []*waiter{early, never}, ws.since(2*sec))
+}
+
+func TestLeaksSeesAGoroutineOfTheLibraryAndNotOurs(t *testing.T) {
+	for stack, leaked := range map[string]bool{
+		"goroutine 1 [select]:\nexample.com/etcdutil.(*keepAlive).run(0xc0)\n\t/lease.go:1":            true,
+		"goroutine 1 [select]:\nsync.runtime()\ncreated by example.com/etcdutil.behind in goroutine 7": true,
+		"goroutine 1 [select]:\ngo.etcd.io/etcd/client/v3.(*watchGrpcStream).run(0xc0)\n\t/watch.go:1": true,
+		"goroutine 1 [select]:\nexample.com/etcdutil/etcdtest.(*Link).accept(0xc0)\n\t/link.go:1":      false,
+		"goroutine 1 [select]:\nmain.run()\n\t/example.com/etcdutil.x/internal/torture/torture.go:1":   false,
+	} {
+		assert.Equal(t, leaked, ofTheLibrary.MatchString(stack), stack)
+	}
+}
+
+func TestTheReportBeginsWithTheSeedAndNamesEachViolation(t *testing.T) {
+	r := &report{seed: 5, length: testLength, operations: &tally{}, faults: &tally{}, holders: &tally{}, violations: []string{"one", "two"}}
+	assert.True(t, strings.HasPrefix(r.String(), "seed:          5,"), r.String())
+	assert.Contains(t, r.String(), "VIOLATION one\n")
+	assert.Contains(t, r.String(), "VIOLATION two\n")
+}
