@@ -42,8 +42,10 @@ func (w *worker) holdStrict() {
 	switch w.rand.IntN(4) {
 	case 0, 1:
 		w.hold(lock, w.upTo(100*time.Millisecond))
+		w.awaitNetwork(lock)
 	case 2:
-		w.hold(lock, time.Second+w.upTo(3*time.Second))
+		w.hold(lock, time.Second+w.upTo(2*time.Second))
+		w.awaitNetwork(lock)
 	case 3:
 		w.hold(lock, w.upTo(300*time.Millisecond))
 		cancel()
@@ -51,6 +53,13 @@ func (w *worker) holdStrict() {
 	}
 	w.release(lock, h)
 	sleep(w.ctx, w.upTo(50*time.Millisecond))
+}
+
+// awaitNetwork holds a lock for longer: without its network the work does not get done.
+func (w *worker) awaitNetwork(lock *etcdutil.Lock) {
+	for end := time.Now().Add(6 * time.Second); w.host.faulted.Load() && lock.Err() == nil && time.Now().Before(end); {
+		sleep(lock, 20*time.Millisecond)
+	}
 }
 
 // options are those of a lease of its own, and at times a bound on the wait.

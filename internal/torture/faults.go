@@ -34,7 +34,7 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 	switch f.Kind {
 	case killLeader, stopMember, stopTwo, isolateLeader, isolateMember:
 		return true, t.faultMembers(f)
-	case cutLink, dropReplies, delayLink, resetLink:
+	case cutHolder, cutLink, dropReplies, delayLink, resetLink:
 		return t.faultLinks(f), nil
 	case deleteKey, revokeLease:
 		return t.takeLock(f.Kind)
@@ -86,7 +86,7 @@ func (t *torture) faultLinks(f fault) bool {
 	defer t.troubles.begin(h.id)()
 	for _, l := range h.to(f.Member) {
 		switch f.Kind {
-		case cutLink:
+		case cutHolder, cutLink:
 			l.Cut()
 		case dropReplies:
 			l.DropReplies()
@@ -104,6 +104,9 @@ func (t *torture) faultLinks(f fault) bool {
 // target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.
 func (t *torture) target(f fault) *host {
 	id := f.Host
+	if f.Kind == cutHolder {
+		t.awaitHolder(strictName, 3*time.Second)
+	}
 	if holding := t.ledger.holder(strictName); f.Aimed && holding != nil {
 		id = holding.host
 	}
@@ -115,8 +118,15 @@ func (t *torture) target(f fault) *host {
 	return nil
 }
 
+func (t *torture) awaitHolder(name string, atMost time.Duration) {
+	for end := time.Now().Add(atMost); t.ledger.holder(name) == nil && time.Now().Before(end); {
+		sleep(t.ctx, time.Millisecond)
+	}
+}
+
 // takeLock takes the lock of the name that is there for it from its holder, by deleting its key or by revoking its lease.
 func (t *torture) takeLock(by kind) (bool, error) {
+	t.awaitHolder(disturbedName, time.Second)
 	h := t.ledger.holder(disturbedName)
 	if h == nil {
 		return false, nil
@@ -147,6 +157,7 @@ func (t *torture) compact(behind int64) (bool, error) {
 	if revision < 1 {
 		return false, nil
 	}
+	t.compacted.Store(max(t.compacted.Load(), revision)) // even if it fails: it may have been done
 	_, err := t.admin.Compact(ctx, revision)
 	return err == nil, nil
 }

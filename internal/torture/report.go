@@ -76,7 +76,7 @@ func (r *report) String() string {
 	line("faults", "%s", r.faults)
 	line("holders", "%s", r.holders)
 	if r.margins > 0 {
-		line("worst margin", "%v between told and next, of %d (%s)", ms(r.margin), r.margins, r.tightest)
+		line("worst margin", "%v between told and next, of %d losses (%s)", ms(r.margin), r.margins, r.tightest)
 	}
 	line("told", "%d deletions checked", r.told)
 	line("stalls", "%d of this process, the longest %v; %d overlaps excused", r.stalls, ms(r.longestStall), r.excused)

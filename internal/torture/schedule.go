@@ -17,6 +17,7 @@ const (
 	stopTwo       kind = "stop two members"
 	isolateLeader kind = "isolate leader"
 	isolateMember kind = "isolate member"
+	cutHolder     kind = "cut off holder"
 	cutLink       kind = "cut link"
 	dropReplies   kind = "drop replies"
 	delayLink     kind = "delay link"
@@ -53,7 +54,7 @@ const (
 // plan makes the schedule of a seed. A shorter one is the beginning of a longer one, save what would not be healed in time.
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
-	for i, lane := range []lane{planMembers, planLinks, planKeys, planPauses} {
+	for i, lane := range []lane{planMembers, planLinks, planHolders, planKeys, planPauses} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -73,9 +74,9 @@ type lane func(r *rand.Rand, after time.Duration) (f fault, next time.Duration)
 // planMembers has one fault of the members at a time, so that they lose their quorum when it is said and for as long.
 func planMembers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
-		At:     after + between(r, 2*time.Second, 7*time.Second),
+		At:     after + between(r, 3*time.Second, 9*time.Second),
 		Kind:   pick(r, killLeader, killLeader, stopMember, stopMember, isolateLeader, isolateLeader, isolateMember, stopTwo),
-		For:    between(r, 800*time.Millisecond, 3500*time.Millisecond),
+		For:    between(r, 800*time.Millisecond, 3*time.Second),
 		Member: r.IntN(members),
 	}
 	if f.Kind == stopTwo {
@@ -87,18 +88,31 @@ func planMembers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 // planLinks has faults of several clients' links at a time.
 func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
-		At:     after + between(r, 300*time.Millisecond, 2*time.Second),
-		Kind:   pick(r, cutLink, cutLink, cutLink, dropReplies, dropReplies, delayLink, delayLink, resetLink, resetLink),
+		At:     after + between(r, 700*time.Millisecond, 2500*time.Millisecond),
+		Kind:   pick(r, cutLink, cutLink, dropReplies, dropReplies, delayLink, delayLink, resetLink, resetLink),
 		Host:   r.IntN(hosts),
-		Aimed:  r.IntN(2) == 0,
+		Aimed:  r.IntN(3) == 0,
 		Member: max(r.IntN(2*members)-members, -1), // all of them, in four of six
 		Delay:  between(r, 5*time.Millisecond, 500*time.Millisecond),
-		For:    between(r, 300*time.Millisecond, 4500*time.Millisecond),
+		For:    between(r, 300*time.Millisecond, 3*time.Second),
 	}
 	if f.Kind == resetLink {
 		f.For = 0
 	}
 	return f, f.At
+}
+
+// planHolders cuts the holder of the strict lock off, for longer than its lease lives.
+func planHolders(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 500*time.Millisecond, 2*time.Second),
+		Kind:   cutHolder,
+		Host:   r.IntN(hosts),
+		Aimed:  true,
+		Member: -1,
+		For:    between(r, 3*time.Second, 4500*time.Millisecond),
+	}
+	return f, f.At + f.For
 }
 
 func planKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
@@ -111,17 +125,17 @@ func planKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 }
 
 // planPauses stops both holders that are processes of their own, for longer than a lease lives without renewal: 2 s, up to
-// 0.5 s until the server looks, and a while for somebody else to take over.
+// 0.5 s until the server looks, and a while for somebody else to take over and write. The first is the surest to bite.
 func planPauses(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:   after + between(r, 50*time.Millisecond, 500*time.Millisecond),
-		Kind: pick(r, pauseHolders, lateHolders),
-		For:  between(r, 3500*time.Millisecond, 5500*time.Millisecond),
+		Kind: pick(r, pauseHolders, lateHolders, lateHolders),
+		For:  between(r, 4500*time.Millisecond, 6*time.Second),
 	}
 	if after == 0 {
-		f.Kind = pauseHolders // the surest bite, for a short run
+		f.Kind = pauseHolders
 	}
-	return f, f.At + f.For + between(r, 500*time.Millisecond, 2*time.Second)
+	return f, f.At + f.For + between(r, 100*time.Millisecond, time.Second)
 }
 
 func between(r *rand.Rand, low, high time.Duration) time.Duration {

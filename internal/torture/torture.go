@@ -42,6 +42,10 @@ type torture struct {
 	operations *tally
 	faults     *tally
 	holders    *tally
+	observers  []*observer
+	snapshots  []*snapshotFollower
+	followers  []*progress
+	compacted  atomic.Int64 // the last revision that may be
 
 	mu         sync.Mutex
 	rand       *rand.Rand
@@ -80,7 +84,9 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	if err := t.healAll(); err != nil {
 		return nil, err
 	}
-	t.settle(r)
+	if err := t.settle(r); err != nil {
+		return nil, err
+	}
 	if err := t.bite(); err != nil {
 		return nil, err
 	}
@@ -143,14 +149,15 @@ func (t *torture) startWorkloads() {
 		}
 		t.startExclusion(h)
 		t.startRegister(h)
+		t.startWatch(h)
 	}
 }
 
 // liveness is how long after the faults everybody may take to be served.
 const liveness = 15 * time.Second
 
-// settle waits until every waiter has had the lock once more.
-func (t *torture) settle(r *report) {
+// settle waits until every waiter has had the lock once more, and every watcher has caught up.
+func (t *torture) settle(r *report) (err error) {
 	t.settling.Store(true)
 	healed := t.now()
 	for len(t.waiters.since(healed)) > 0 && t.now() < healed+liveness {
@@ -161,6 +168,8 @@ func (t *torture) settle(r *report) {
 		t.violate("liveness: %v after the faults had stopped, the client of %s on host %d has not had the lock; last at %v",
 			liveness, w.name, w.host, ms(w.last))
 	}
+	r.watchersCaughtUp, err = t.awaitFollowers(healed)
+	return err
 }
 
 // bite pauses the control's child once or twice more if the control has lost nothing yet: a short run has room for a pause or
@@ -209,6 +218,9 @@ func (t *torture) check(r *report) (err error) {
 	}
 	if r.control.lost == 0 {
 		t.violate("lock-set: the unfenced control lost nothing: the faults do not bite")
+	}
+	if err := t.checkWatch(ctx); err != nil {
+		return err
 	}
 	r.linearizable, err = t.checkRegisters(ctx)
 	return err

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"example.com/etcdutil"
 	"github.com/anishathalye/porcupine"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -56,7 +57,7 @@ func TestEveryKindOfFaultIsPlannedAndHealed(t *testing.T) {
 			assert.LessOrEqual(t, f.At+f.For, time.Minute)
 		}
 	}
-	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutLink, dropReplies, delayLink,
+	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutHolder, cutLink, dropReplies, delayLink,
 		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders} {
 		assert.NotZero(t, kinds[k], k)
 	}
@@ -230,4 +231,95 @@ func TestTheReportBeginsWithTheSeedAndNamesEachViolation(t *testing.T) {
 	assert.True(t, strings.HasPrefix(r.String(), "seed:          5,"), r.String())
 	assert.Contains(t, r.String(), "VIOLATION one\n")
 	assert.Contains(t, r.String(), "VIOLATION two\n")
+}
+
+const watched = watchedPrefix + "k"
+
+// changesAt are puts of one key, each at its revision.
+func changesAt(revisions ...int64) (changes []change) {
+	for i, rev := range revisions {
+		changes = append(changes, change{key: watched, value: `"v"`, create: revisions[0], version: int64(i + 1), revision: rev})
+	}
+	return changes
+}
+
+func eventsOf(changes []change) (events []etcdutil.Event[string]) {
+	for _, c := range changes {
+		events = append(events, etcdutil.Event[string]{Type: etcdutil.EventPut, Key: c.key, Value: "v", Version: c.version, Revision: c.revision})
+	}
+	return events
+}
+
+func segmentSeen(changes []change, s *segment) []string {
+	return checkSegment(s, (&observer{key: watchedPrefix, prefix: true}).of(changes))
+}
+
+func TestWatchPassesWhatEtcdHas(t *testing.T) {
+	all := changesAt(3, 5, 7, 9)
+	assert.Empty(t, segmentSeen(all, &segment{from: 4, upTo: 8, events: eventsOf(all[1:3])}))
+}
+
+func TestWatchSeesEachBrokenGuarantee(t *testing.T) {
+	all := changesAt(3, 5, 7, 9)
+	three, five, seven, nine := eventsOf(all)[0], eventsOf(all)[1], eventsOf(all)[2], eventsOf(all)[3]
+	other, value, prev := five, five, five
+	other.Key = watched + "2"
+	value.Value = "other"
+	wrong := "never"
+	prev.Prev = &wrong
+	for name, events := range map[string][]etcdutil.Event[string]{
+		"missing":        {three, five, nine},
+		"missing last":   {three, five, seven},
+		"twice":          {three, five, five, seven, nine},
+		"twice at last":  {three, five, seven, nine, nine},
+		"disordered":     {three, seven, five, nine},
+		"another key":    {three, other, seven, nine},
+		"another value":  {three, value, seven, nine},
+		"never previous": {three, prev, seven, nine},
+	} {
+		assert.NotEmpty(t, segmentSeen(all, &segment{from: 1, upTo: 9, events: events}), name)
+	}
+}
+
+func TestWatchSaysThatAnEventCameTwice(t *testing.T) {
+	all := changesAt(3, 5)
+	events := eventsOf([]change{all[0], all[0], all[1]})
+	assert.Contains(t, segmentSeen(all, &segment{from: 1, upTo: 5, events: events})[0], "came twice")
+}
+
+func TestWatchSeesAGapWithoutACompaction(t *testing.T) {
+	all := changesAt(3, 5)
+	assert.Empty(t, segmentSeen(all, &segment{from: 1, upTo: 5, events: eventsOf(all), gap: true, compacted: 7}))
+	assert.NotEmpty(t, segmentSeen(all, &segment{from: 1, upTo: 5, events: eventsOf(all), gap: true, compacted: 5}))
+}
+
+func TestWatchKnowsWhatDoesNotDecodeAndWhatIsDeleted(t *testing.T) {
+	changes := []change{
+		{key: watched, value: `"a"`, version: 1, revision: 3},
+		{key: watched, value: "?", version: 2, revision: 4},
+		{key: watched, deleted: true, revision: 5},
+	}
+	a := "a"
+	events := []etcdutil.Event[string]{
+		{Type: etcdutil.EventPut, Key: watched, Value: "a", Version: 1, Revision: 3},
+		{Type: etcdutil.EventInvalid, Key: watched, Raw: []byte("?"), Version: 2, Revision: 4, Prev: &a},
+		{Type: etcdutil.EventDelete, Key: watched, Revision: 5},
+	}
+	assert.Empty(t, segmentSeen(changes, &segment{from: 1, upTo: 5, events: events}))
+	events[1].Type = etcdutil.EventPut
+	assert.NotEmpty(t, segmentSeen(changes, &segment{from: 1, upTo: 5, events: events}))
+}
+
+func TestSnapshotsSeeAStateThatEtcdNeverHad(t *testing.T) {
+	changes := []change{
+		{key: watched, value: `"a"`, revision: 3},
+		{key: watched + "2", value: `"b"`, revision: 4},
+		{key: watched, deleted: true, revision: 5},
+		{key: observedPrefix + "elsewhere", value: `"c"`, revision: 6},
+	}
+	assert.Empty(t, checkState(state{revision: 4, keys: map[string]string{watched: `"a"`, watched + "2": `"b"`}}, changes))
+	assert.Empty(t, checkState(state{revision: 6, keys: map[string]string{watched + "2": `"b"`}}, changes))
+	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched: `"a"`, watched + "2": `"b"`}}, changes))
+	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{}}, changes))
+	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched + "2": `"other"`}}, changes))
 }
