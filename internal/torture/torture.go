@@ -45,6 +45,8 @@ type torture struct {
 	observers  []*observer
 	snapshots  []*snapshotFollower
 	followers  []*progress
+	appends    appends
+	logReaders []*logFollower
 	compacted  atomic.Int64 // the last revision that may be
 
 	mu         sync.Mutex
@@ -150,6 +152,7 @@ func (t *torture) startWorkloads() {
 		t.startExclusion(h)
 		t.startRegister(h)
 		t.startWatch(h)
+		t.startLog(h)
 	}
 }
 
@@ -219,9 +222,12 @@ func (t *torture) check(r *report) (err error) {
 	if r.control.lost == 0 {
 		t.violate("lock-set: the unfenced control lost nothing: the faults do not bite")
 	}
-	if err := t.checkWatch(ctx); err != nil {
+	changes, err := t.observed(ctx)
+	if err != nil {
 		return err
 	}
+	t.checkWatch(changes)
+	t.checkLog(changes)
 	r.linearizable, err = t.checkRegisters(ctx)
 	return err
 }

@@ -323,3 +323,63 @@ func TestSnapshotsSeeAStateThatEtcdNeverHad(t *testing.T) {
 	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{}}, changes))
 	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched + "2": `"other"`}}, changes))
 }
+
+func logEntries(values ...string) (entries []change) {
+	for i, v := range values {
+		entries = append(entries, change{key: logName, value: `"` + v + `"`, version: int64(i + 1), revision: int64(10 * (i + 1))})
+	}
+	return entries
+}
+
+func ack(value string, version int64, call, back time.Duration) appended {
+	return appended{value: value, outcome: acknowledged, version: version, call: call, back: back}
+}
+
+func TestLogPassesWhatWasToldTruly(t *testing.T) {
+	all := []appended{ack("a", 1, 0, 1), {value: "b", outcome: unknown, call: 2, back: 3}, {value: "r", outcome: refused}, {value: "u", outcome: unknown}, ack("c", 3, 4, 5)}
+	assert.Empty(t, checkAppends(all, logEntries("a", "b", "c")))
+}
+
+func TestLogSeesEachBrokenPromise(t *testing.T) {
+	a, b := ack("a", 1, 0, 1), ack("b", 2, 2, 3)
+	gap := logEntries("a", "b")
+	gap[1].version = 3
+	for name, c := range map[string]struct {
+		all     []appended
+		entries []change
+	}{
+		"lost":               {[]appended{a, b}, logEntries("a")},
+		"twice":              {[]appended{a, b}, logEntries("a", "b", "a")},
+		"unknown twice":      {[]appended{a, {value: "u", outcome: unknown}}, logEntries("a", "u", "u")},
+		"refused, but there": {[]appended{a, {value: "r", outcome: refused}}, logEntries("a", "r")},
+		"another version":    {[]appended{a, b}, logEntries("b", "a")},
+		"never written":      {[]appended{a}, logEntries("a", "stranger")},
+		"gap":                {[]appended{a, b}, gap},
+		"disordered":         {[]appended{ack("a", 1, 5, 6), ack("b", 2, 2, 3)}, logEntries("a", "b")},
+	} {
+		assert.NotEmpty(t, checkAppends(c.all, c.entries), name)
+	}
+}
+
+func entriesRead(versions ...int64) (read []etcdutil.Entry[string]) {
+	for _, v := range versions {
+		read = append(read, etcdutil.Entry[string]{Value: string(rune('a' + v - 1)), Version: v, Revision: 10 * v})
+	}
+	return read
+}
+
+func TestLogSeesWhatAReaderMissedOrReadTwiceOrWrong(t *testing.T) {
+	entries := logEntries("a", "b", "c", "d")
+	wrong := entriesRead(1, 2, 3)
+	wrong[1].Value = "x"
+	assert.Empty(t, checkLogPart(logPart{after: -1, entries: entriesRead(2, 3, 4)}, entries, true))
+	assert.Empty(t, checkLogPart(logPart{after: 1, entries: entriesRead(2, 3)}, entries, true))
+	assert.Empty(t, checkLogPart(logPart{after: -1, entries: entriesRead(1, 4)}, entries, false))
+	for _, part := range []logPart{
+		{after: -1, entries: entriesRead(1, 3)}, {after: 1, entries: entriesRead(3)}, {after: 2, entries: entriesRead(2, 3)},
+		{after: -1, entries: entriesRead(1, 1, 2)}, {after: -1, entries: entriesRead(5)}, {after: -1, entries: wrong},
+	} {
+		assert.NotEmpty(t, checkLogPart(part, entries, true), part)
+	}
+	assert.NotEmpty(t, checkLogPart(logPart{after: -1, entries: entriesRead(2, 1)}, entries, false))
+}
