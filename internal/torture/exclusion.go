@@ -14,17 +14,24 @@ const (
 	strictName = "exclusion/strict"
 	// disturbedName is a lock whose keys the torture deletes and whose leases it revokes.
 	disturbedName = "exclusion/disturbed"
-	// sharedName is a lock that clients hold by leases which they share, several clients to a lease, so that keys are used
-	// again and again.
+	// sharedName is a lock that clients hold by leases which they share, several clients to a lease.
 	sharedName = "exclusion/shared"
+	// reusedName is such a lock, for hosts whose leases are never lost: their links are slow at times, and no more. So keys
+	// are used again and again while somebody looks at them, and who waits for the wrong one waits for ever.
+	reusedName = "exclusion/reused"
 )
 
 func (t *torture) startExclusion(h *host) {
 	t.work(h, strictName, true, (*worker).holdStrict)
 	t.work(h, disturbedName, true, (*worker).holdDisturbed)
-	lease := &sharedLease{host: h}
+	t.startSharing(h, sharedName, leaseTTL)
+}
+
+// startSharing has three clients share a lease.
+func (t *torture) startSharing(h *host, name string, ttl time.Duration) {
+	lease := &sharedLease{host: h, ttl: ttl}
 	for range 2 {
-		t.work(h, sharedName, true, func(w *worker) { w.holdShared(lease) })
+		t.work(h, name, true, func(w *worker) { w.holdShared(name, lease) })
 	}
 	private := fmt.Sprintf("exclusion/private-%d", h.id)
 	t.work(h, private, true, func(w *worker) { w.holdPrivate(lease, private) })
@@ -81,8 +88,8 @@ func (w *worker) holdDisturbed() {
 	sleep(w.ctx, w.upTo(50*time.Millisecond))
 }
 
-// holdShared is in a hurry: what can go wrong with a key that is used again goes wrong while somebody looks at it.
-func (w *worker) holdShared(shared *sharedLease) {
+// holdShared is in a hurry, and often gives up, but not where that would free those who wait for the wrong key.
+func (w *worker) holdShared(name string, shared *sharedLease) {
 	lease := shared.get(w)
 	if lease == nil {
 		return
@@ -90,12 +97,12 @@ func (w *worker) holdShared(shared *sharedLease) {
 	var lock *etcdutil.Lock
 	var h *holding
 	switch {
-	case w.settling.Load() || w.chance(60):
-		lock, h = w.acquire(w.ctx, sharedName, etcdutil.WithLease(lease))
+	case w.settling.Load() || name == reusedName || w.chance(60):
+		lock, h = w.acquire(w.ctx, name, etcdutil.WithLease(lease))
 	case w.chance(50):
-		lock, h = w.acquire(w.ctx, sharedName, etcdutil.WithLease(lease), etcdutil.WithAcquireTimeout(time.Millisecond+w.upTo(30*time.Millisecond)))
+		lock, h = w.acquire(w.ctx, name, etcdutil.WithLease(lease), etcdutil.WithAcquireTimeout(time.Millisecond+w.upTo(30*time.Millisecond)))
 	default:
-		lock, h = w.tryAcquire(w.ctx, sharedName, etcdutil.WithLease(lease))
+		lock, h = w.tryAcquire(w.ctx, name, etcdutil.WithLease(lease))
 	}
 	if lock == nil {
 		return
@@ -121,6 +128,7 @@ func (w *worker) holdPrivate(shared *sharedLease, name string) {
 // sharedLease is a host's lease for many locks, granted anew when it is lost.
 type sharedLease struct {
 	host  *host
+	ttl   time.Duration
 	mu    sync.Mutex
 	lease *etcdutil.Lease
 }
@@ -136,7 +144,7 @@ func (s *sharedLease) get(w *worker) *etcdutil.Lease {
 		_ = s.lease.Close()
 		s.lease = nil
 	}
-	lease, err := etcdutil.NewLease(w.ctx, s.host.client, leaseTTL)
+	lease, err := etcdutil.NewLease(w.ctx, s.host.client, s.ttl)
 	if err != nil {
 		w.operations.add("grant: "+outcomeOf(err), 1)
 		sleep(w.ctx, w.upTo(20*time.Millisecond))

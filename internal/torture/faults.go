@@ -103,15 +103,22 @@ func (t *torture) faultLinks(f fault) bool {
 
 // target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.
 func (t *torture) target(f fault) *host {
+	if f.Host >= hosts {
+		return t.hosts[f.Host]
+	}
 	id := f.Host
-	if f.Kind == cutHolder {
-		t.awaitHolder(strictName, 3*time.Second)
+	name := strictName
+	if f.Kind == dropReplies || f.Kind == resetLink {
+		name = registerName // whose holder writes all the time
 	}
-	if holding := t.ledger.holder(strictName); f.Aimed && holding != nil {
-		id = holding.host
+	if f.Aimed {
+		t.awaitHolder(name, 2*time.Second)
+		if holding := t.ledger.holder(name); holding != nil {
+			id = holding.host
+		}
 	}
-	for i := range t.hosts {
-		if h := t.hosts[(id+i)%len(t.hosts)]; h.faulted.CompareAndSwap(false, true) {
+	for i := range hosts {
+		if h := t.hosts[(id+i)%hosts]; h.faulted.CompareAndSwap(false, true) {
 			return h
 		}
 	}

@@ -14,7 +14,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # The breakages: what is changed, in which file, and which violation is to be seen.
-names=(late-expiry unfenced-commit release-on-parent-end no-create-revision)
+names=(late-expiry unfenced-commit release-on-parent-end no-create-revision resume-at-last)
 
 plant() { # NAME: breaks the library in the current directory, and sets $expected
 	case $1 in
@@ -24,7 +24,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	unfenced-commit) # compares nothing
 		expected='lock-set: .* are lost|register: '
-		replace lock.go 'If(l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)).' ''
+		replace lock.go '[]clientv3.Cmp{l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)}' '[]clientv3.Cmp(nil)'
 		replace lock.go 'clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(l.key))'
 		;;
 	release-on-parent-end) # while the work still winds down
@@ -32,8 +32,12 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		replace lock.go 'l.config.logger.Info("etcdutil: lock acquired"' \
 			'context.AfterFunc(ctx, func() { _ = l.Close() }); l.config.logger.Info("etcdutil: lock acquired"'
 		;;
+	resume-at-last) # and not after it
+		expected='watch: .* it came twice'
+		replace watch.go 'f.next, f.seen = upTo+1, ' 'f.next, f.seen = upTo, '
+		;;
 	no-create-revision) # takes a key that is used again for the one that it waits for
-		expected='liveness: .* exclusion/shared'
+		expected='liveness: .* exclusion/reused'
 		replace lock.go 'now[0].CreateRevision == older.CreateRevision && ' ''
 		;;
 	*) fail "$1: no such breakage" ;;

@@ -35,7 +35,7 @@ type fault struct {
 	Kind   kind
 	For    time.Duration // until it is healed
 	Host   int           // whose link
-	Aimed  bool          // at the holder of the strict lock instead, if there is one
+	Aimed  bool          // at a holder instead, if there is one
 	Member int           // which member; of a link, to which member, or all if it is negative
 	Delay  time.Duration // of a link
 	Behind int64         // how many revisions a compaction leaves
@@ -49,12 +49,14 @@ func (f fault) String() string {
 const (
 	members = 3
 	hosts   = 5
+	// calmHosts are further ones, whose links are slow at times, and no more.
+	calmHosts = 2
 )
 
 // plan makes the schedule of a seed. A shorter one is the beginning of a longer one, save what would not be healed in time.
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
-	for i, lane := range []lane{planMembers, planLinks, planHolders, planKeys, planPauses} {
+	for i, lane := range []lane{planMembers, planLinks, planHolders, planCalm, planKeys, planPauses} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -91,13 +93,16 @@ func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		At:     after + between(r, 700*time.Millisecond, 2500*time.Millisecond),
 		Kind:   pick(r, cutLink, cutLink, dropReplies, dropReplies, delayLink, delayLink, resetLink, resetLink),
 		Host:   r.IntN(hosts),
-		Aimed:  r.IntN(3) == 0,
+		Aimed:  r.IntN(3) > 0,
 		Member: max(r.IntN(2*members)-members, -1), // all of them, in four of six
 		Delay:  between(r, 5*time.Millisecond, 500*time.Millisecond),
 		For:    between(r, 300*time.Millisecond, 3*time.Second),
 	}
-	if f.Kind == resetLink {
+	switch f.Kind {
+	case resetLink:
 		f.For = 0
+	case dropReplies:
+		f.For /= 2 // mostly less than a lease's time: then what was done unbeknown is tried again
 	}
 	return f, f.At
 }
@@ -111,6 +116,18 @@ func planHolders(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		Aimed:  true,
 		Member: -1,
 		For:    between(r, 3*time.Second, 4500*time.Millisecond),
+	}
+	return f, f.At + f.For
+}
+
+func planCalm(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 100*time.Millisecond, time.Second),
+		Kind:   delayLink,
+		Host:   hosts + r.IntN(calmHosts),
+		Member: -1,
+		Delay:  between(r, 15*time.Millisecond, 80*time.Millisecond),
+		For:    between(r, 500*time.Millisecond, 2*time.Second),
 	}
 	return f, f.At + f.For
 }

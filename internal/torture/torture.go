@@ -110,7 +110,7 @@ func (t *torture) setUp() (err error) {
 	if t.admin, err = newClient(t.cluster.Endpoints()); err != nil {
 		return err
 	}
-	for id := range hosts {
+	for id := range hosts + calmHosts {
 		h, err := newHost(id, t.cluster.Endpoints())
 		if err != nil {
 			return err
@@ -121,7 +121,7 @@ func (t *torture) setUp() (err error) {
 		}
 	}
 	for i, s := range []lockset{fencedSet, controlSet} {
-		h, err := newHost(hosts+i, t.cluster.Endpoints())
+		h, err := newHost(len(t.hosts)+i, t.cluster.Endpoints())
 		if err != nil {
 			return err
 		}
@@ -144,7 +144,10 @@ func (t *torture) setUp() (err error) {
 
 // startWorkloads starts five clients of each. Of the lock-sets one is a child, which already queues.
 func (t *torture) startWorkloads() {
-	for _, h := range t.hosts {
+	for _, h := range t.hosts[hosts:] {
+		t.startSharing(h, reusedName, 5*leaseTTL)
+	}
+	for _, h := range t.hosts[:hosts] {
 		if h.id > 0 {
 			t.startLockset(h, fencedSet)
 			t.startLockset(h, controlSet)
@@ -160,19 +163,48 @@ func (t *torture) startWorkloads() {
 const liveness = 15 * time.Second
 
 // settle waits until every waiter has had the lock once more, and every watcher has caught up.
-func (t *torture) settle(r *report) (err error) {
+func (t *torture) settle(r *report) error {
 	t.settling.Store(true)
 	healed := t.now()
-	for len(t.waiters.since(healed)) > 0 && t.now() < healed+liveness {
-		sleep(t.ctx, 10*time.Millisecond)
+	target, err := t.revision(t.ctx)
+	if err != nil {
+		return fmt.Errorf("after the faults: %w", err)
 	}
-	r.everybodyHadTheLock = t.now() - healed
+	for waiting, behind := 1, 1; waiting+behind > 0 && t.now() < healed+liveness; sleep(t.ctx, 10*time.Millisecond) {
+		if waiting = len(t.waiters.since(healed)); waiting > 0 {
+			r.everybodyHadTheLock = t.now() - healed
+		}
+		if behind = len(t.followersBehind(target)); behind > 0 {
+			r.watchersCaughtUp = t.now() - healed
+		}
+	}
 	for _, w := range t.waiters.since(healed) {
 		t.violate("liveness: %v after the faults had stopped, the client of %s on host %d has not had the lock; last at %v",
 			liveness, w.name, w.host, ms(w.last))
 	}
-	r.watchersCaughtUp, err = t.awaitFollowers(healed)
-	return err
+	for _, f := range t.followersBehind(target) {
+		t.violate("liveness: %v after the faults had stopped, %s has come to revision %d, and etcd was at %d", liveness, f.name, f.get(), target)
+	}
+	return nil
+}
+
+// revision is etcd's current one.
+func (t *torture) revision(ctx context.Context) (int64, error) {
+	resp, err := t.admin.Get(ctx, observedPrefix)
+	if err != nil {
+		return 0, err
+	}
+	return resp.Header.Revision, nil
+}
+
+// followersBehind are those that have not come to a revision.
+func (t *torture) followersBehind(target int64) (behind []*progress) {
+	for _, f := range t.followers {
+		if f.get() < target {
+			behind = append(behind, f)
+		}
+	}
+	return behind
 }
 
 // bite pauses the control's child once or twice more if the control has lost nothing yet: a short run has room for a pause or

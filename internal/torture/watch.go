@@ -235,26 +235,6 @@ func (w *worker) followSnapshot(s *snapshotFollower) {
 	}
 }
 
-// awaitFollowers waits until every follower has come as far as etcd was when the faults stopped.
-func (t *torture) awaitFollowers(healed time.Duration) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(t.ctx, liveness)
-	defer cancel()
-	resp, err := t.admin.Get(ctx, observedPrefix)
-	if err != nil {
-		return 0, fmt.Errorf("after the faults: %w", err)
-	}
-	target := resp.Header.Revision
-	for _, f := range t.followers {
-		for f.get() < target && t.now() < healed+liveness {
-			sleep(t.ctx, 10*time.Millisecond)
-		}
-		if f.get() < target {
-			t.violate("liveness: %v after the faults had stopped, %s has come to revision %d, and etcd was at %d", liveness, f.name, f.get(), target)
-		}
-	}
-	return t.now() - healed, nil
-}
-
 // checkWatch compares what was received with what the oracle saw.
 func (t *torture) checkWatch(changes []change) {
 	for _, o := range t.observers {
@@ -279,11 +259,11 @@ func (t *torture) checkWatch(changes []change) {
 
 // observed are all changes up to now, as etcd has them.
 func (t *torture) observed(ctx context.Context) ([]change, error) {
-	resp, err := t.admin.Get(ctx, observedPrefix)
+	revision, err := t.revision(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := t.oracle.await(ctx, resp.Header.Revision); err != nil {
+	if err := t.oracle.await(ctx, revision); err != nil {
 		return nil, err
 	}
 	return t.oracle.all()
