@@ -88,10 +88,10 @@ func childMain() int {
 			continue
 		}
 		say(childReport{Event: childHolds})
-		element := fmt.Sprintf("child element %d", n)
+		element := fmt.Sprintf("child-%d", n)
 		wait := func() {
 			if !brief {
-				sleep(ctx, rand.N(2*time.Second))
+				sleep(ctx, rand.N(o.Set.Wait))
 			}
 		}
 		written := o.Set.add(client, lock, element, wait, func() {

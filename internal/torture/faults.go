@@ -34,7 +34,7 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 	switch f.Kind {
 	case killLeader, stopMember, stopTwo, isolateLeader, isolateMember:
 		return true, t.faultMembers(f)
-	case cutHolder, cutLink, dropReplies, delayLink, resetLink:
+	case cutHolder, holdBack, cutLink, dropReplies, delayLink, resetLink:
 		return t.faultLinks(f), nil
 	case deleteKey, revokeLease:
 		return t.takeLock(f.Kind)
@@ -90,7 +90,7 @@ func (t *torture) faultLinks(f fault) bool {
 			l.Cut()
 		case dropReplies:
 			l.DropReplies()
-		case delayLink:
+		case delayLink, holdBack:
 			l.Delay(f.Delay)
 		case resetLink:
 			l.Reset()
@@ -101,17 +101,24 @@ func (t *torture) faultLinks(f fault) bool {
 	return true
 }
 
+// aims are the locks at whose holders faults are aimed: where they are the likeliest to break something.
+var aims = map[kind]string{
+	cutHolder:   strictName,
+	cutLink:     strictName,
+	delayLink:   strictName,
+	holdBack:    quickSet.Name,
+	dropReplies: registerName,
+	resetLink:   registerName,
+}
+
 // target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.
 func (t *torture) target(f fault) *host {
 	if f.Host >= hosts {
 		return t.hosts[f.Host]
 	}
 	id := f.Host
-	name := strictName
-	if f.Kind == dropReplies || f.Kind == resetLink {
-		name = registerName // whose holder writes all the time
-	}
 	if f.Aimed {
+		name := aims[f.Kind]
 		t.awaitHolder(name, 2*time.Second)
 		if holding := t.ledger.holder(name); holding != nil {
 			id = holding.host

@@ -20,11 +20,14 @@ import (
 type lockset struct {
 	Name   string // of the lock
 	Fenced bool
+	Wait   time.Duration // between reading and writing, at most
 }
 
 var (
-	fencedSet  = lockset{Name: "lockset-fenced", Fenced: true}
-	controlSet = lockset{Name: "lockset-control"}
+	fencedSet  = lockset{Name: "lockset-fenced", Fenced: true, Wait: 2 * time.Second}
+	controlSet = lockset{Name: "lockset-control", Wait: 2 * time.Second}
+	// quickSet is one whose holders take turns so fast that a write which arrives late, however little, finds others.
+	quickSet = lockset{Name: "lockset-quick", Fenced: true, Wait: 100 * time.Millisecond}
 )
 
 func (s lockset) key() string { return s.Name + "-elements" }
@@ -148,7 +151,8 @@ func (t *torture) startLockset(h *host, s lockset) {
 	n := 0
 	t.work(h, s.Name, true, func(w *worker) {
 		n++
-		w.addElement(s, fmt.Sprintf("host %d element %d", h.id, n))
+		w.addElement(s, fmt.Sprintf("%d-%d", h.id, n))
+		sleep(w.ctx, w.upTo(min(2*s.Wait, time.Second/2)))
 	})
 }
 
@@ -158,7 +162,7 @@ func (w *worker) addElement(s lockset, element string) {
 		return
 	}
 	defer w.release(lock, h)
-	wait := func() { w.hold(w.ctx, w.upTo(2*time.Second)) }
+	wait := func() { w.hold(w.ctx, w.upTo(s.Wait)) }
 	o := s.add(w.host.client, lock, element, wait, func() {})
 	w.recordElement(s, element, o)
 }
@@ -176,10 +180,10 @@ func (t *torture) checkLockset(ctx context.Context, s lockset) (lost int, err er
 	}
 	missing, wrong := t.elements[s].check(set)
 	if s.Fenced && len(missing) > 0 {
-		t.violate("lock-set: %d acknowledged elements are lost: %q", len(missing), missing)
+		t.violate("lock-set: %s: %d acknowledged elements are lost: %q", s.Name, len(missing), missing)
 	}
 	if s.Fenced && len(wrong) > 0 {
-		t.violate("lock-set: %q", wrong)
+		t.violate("lock-set: %s: %q", s.Name, wrong)
 	}
 	return len(missing), nil
 }

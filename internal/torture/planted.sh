@@ -24,7 +24,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	unfenced-commit) # compares nothing
 		expected='lock-set: .* are lost|register: '
-		replace lock.go '[]clientv3.Cmp{l.IsOwner(), clientv3.Compare(clientv3.Version(l.key), "=", l.version)}' '[]clientv3.Cmp(nil)'
+		replace lock.go 'l.transact(ctx, c, []clientv3.Cmp{l.isCurrent()}, then)' 'l.transact(ctx, c, nil, then)'
 		replace lock.go 'clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(l.key))'
 		;;
 	release-on-parent-end) # while the work still winds down

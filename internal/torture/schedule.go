@@ -21,6 +21,7 @@ const (
 	cutLink       kind = "cut link"
 	dropReplies   kind = "drop replies"
 	delayLink     kind = "delay link"
+	holdBack      kind = "hold back holder's writes"
 	resetLink     kind = "reset link"
 	deleteKey     kind = "delete lock key"
 	revokeLease   kind = "revoke lease"
@@ -107,16 +108,17 @@ func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	return f, f.At
 }
 
-// planHolders cuts the holder of the strict lock off, for longer than its lease lives.
+// planHolders cuts a holder off, for longer than its lease lives; or what it writes is on its way for as long.
 func planHolders(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:     after + between(r, 500*time.Millisecond, 2*time.Second),
-		Kind:   cutHolder,
+		Kind:   pick(r, cutHolder, cutHolder, holdBack),
 		Host:   r.IntN(hosts),
 		Aimed:  true,
 		Member: -1,
-		For:    between(r, 3*time.Second, 4500*time.Millisecond),
+		For:    between(r, 3500*time.Millisecond, 4500*time.Millisecond),
 	}
+	f.Delay = f.For - 100*time.Millisecond
 	return f, f.At + f.For
 }
 

@@ -61,7 +61,7 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	t := &torture{
 		seed: seed, length: length, pictures: pictures, clock: c,
 		ledger: newLedger(c), pulse: &pulse{clock: c}, troubles: &troubles{clock: c}, oracle: &oracle{}, history: &history{},
-		elements: map[lockset]*elements{fencedSet: {}, controlSet: {}},
+		elements: map[lockset]*elements{fencedSet: {}, controlSet: {}, quickSet: {}},
 		waiters:  &waiters{}, operations: &tally{}, faults: &tally{}, holders: &tally{},
 		rand: rand.New(rand.NewPCG(seed, 1<<32)),
 	}
@@ -152,6 +152,7 @@ func (t *torture) startWorkloads() {
 			t.startLockset(h, fencedSet)
 			t.startLockset(h, controlSet)
 		}
+		t.startLockset(h, quickSet)
 		t.startExclusion(h)
 		t.startRegister(h)
 		t.startWatch(h)
@@ -248,6 +249,12 @@ func (t *torture) check(r *report) (err error) {
 	if r.fenced, err = t.checkElements(ctx, fencedSet); err != nil {
 		return err
 	}
+	quick, err := t.checkElements(ctx, quickSet)
+	if err != nil {
+		return err
+	}
+	r.fenced.lost += quick.lost
+	r.fenced.acknowledged += quick.acknowledged
 	if r.control, err = t.checkElements(ctx, controlSet); err != nil {
 		return err
 	}
