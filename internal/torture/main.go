@@ -8,7 +8,8 @@
 // history disappear. The seed makes the schedule of the faults, and so replays it; what the system makes of it differs
 // from run to run. The models are Jepsen's lock tests of etcd, and etcd's own robustness tests.
 //
-// It prints what it did and found, and exits with 1 if a promise was broken.
+// It prints what it did and found, and exits with 1 if a promise was broken, with 2 if it could not find out. That it sees
+// broken promises is shown by planted.sh, which breaks the library on purpose.
 package main
 
 import (

@@ -19,6 +19,7 @@ type torture struct {
 	length   time.Duration
 	pictures string
 	clock
+	begun time.Duration // when the schedule was
 
 	ctx      context.Context // ends when the workloads are to end
 	end      context.CancelFunc
@@ -78,11 +79,10 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	defer following.Wait()
 	defer stop()
 
-	t.start = time.Now()
-	t.ledger.clock, t.pulse.clock, t.troubles.clock = t.clock, t.clock, t.clock
 	t.startWorkloads()
+	t.begun = t.now()
 	t.inject(plan(seed, length))
-	sleep(t.ctx, t.length-t.now())
+	sleep(t.ctx, t.begun+length-t.now())
 	if err := t.healAll(); err != nil {
 		return nil, err
 	}
@@ -142,10 +142,11 @@ func (t *torture) setUp() (err error) {
 	return nil
 }
 
-// startWorkloads starts five clients of each. Of the lock-sets one is a child, which already queues.
+// startWorkloads starts five clients of each, or more. Of the lock-sets one is a child, which already queues.
 func (t *torture) startWorkloads() {
 	for _, h := range t.hosts[hosts:] {
 		t.startSharing(h, reusedName, 5*leaseTTL)
+		t.work(h, disturbedName, true, (*worker).holdDisturbed)
 	}
 	for _, h := range t.hosts[:hosts] {
 		if h.id > 0 {
