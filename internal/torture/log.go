@@ -70,7 +70,7 @@ func (w *worker) writeLog(n *int) {
 	if w.chance(10) {
 		cancel()
 	}
-	for range 1 + w.rand.IntN(6) {
+	for range w.upToTimes(6) {
 		*n++
 		if !w.append(lock, writer, fmt.Sprintf("%d-%d", w.host.id, *n)) {
 			return

@@ -140,7 +140,7 @@ func (w *worker) useRegister(n *int) {
 	if w.chance(20) {
 		cancel()
 	}
-	for range 1 + w.rand.IntN(4) {
+	for range w.upToTimes(4) {
 		if register := w.rand.IntN(registers); w.chance(60) {
 			*n++
 			w.writeRegister(lock, register, strconv.Itoa(w.host.id)+"-"+strconv.Itoa(*n))

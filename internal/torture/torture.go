@@ -161,7 +161,7 @@ func (t *torture) startWorkloads() {
 	}
 }
 
-// liveness is how long after the faults everybody may take to be served.
+// liveness is how long after the faults everybody may take to be served. It counts the time in which this process got to run.
 const liveness = 15 * time.Second
 
 // settle waits until every waiter has had the lock once more, and every watcher has caught up.
@@ -172,7 +172,7 @@ func (t *torture) settle(r *report) error {
 	if err != nil {
 		return fmt.Errorf("after the faults: %w", err)
 	}
-	for waiting, behind := 1, 1; waiting+behind > 0 && t.now() < healed+liveness; sleep(t.ctx, 10*time.Millisecond) {
+	for waiting, behind := 1, 1; waiting+behind > 0 && t.ran(healed) < liveness; sleep(t.ctx, 10*time.Millisecond) {
 		if waiting = len(t.waiters.since(healed)); waiting > 0 {
 			r.everybodyHadTheLock = t.now() - healed
 		}
@@ -188,6 +188,12 @@ func (t *torture) settle(r *report) error {
 		t.violate("liveness: %v after the faults had stopped, %s has come to revision %d, and etcd was at %d", liveness, f.name, f.get(), target)
 	}
 	return nil
+}
+
+// ran is for how long this process has got to run since then.
+func (t *torture) ran(since time.Duration) time.Duration {
+	now := t.now()
+	return now - since - within(t.pulse.all(), since, now)
 }
 
 // revision is etcd's current one.
@@ -209,21 +215,33 @@ func (t *torture) followersBehind(target int64) (behind []*progress) {
 	return behind
 }
 
-// bite pauses the control's child once or twice more if the control has lost nothing yet: a short run has room for a pause or
+// bite pauses the control's child a few times more if the control has lost nothing yet: a short run has room for a pause or
 // two, and what was written after one may have met another fault.
 func (t *torture) bite() error {
-	for range 2 {
-		lost, err := t.checkLockset(t.ctx, controlSet)
-		if err != nil || lost > 0 {
+	for range 3 {
+		if lost, err := t.awaitLoss(0); err != nil || lost {
 			return err
 		}
 		ctx, cancel := context.WithTimeout(t.ctx, liveness)
-		t.children[1].pause(ctx, pause{length: 4 * time.Second})
+		if t.children[1].pause(ctx, pause{length: 5 * time.Second}) {
+			t.faults.add("pause the control once more", 1)
+		}
 		cancel()
-		t.faults.add("pause the control once more", 1)
-		sleep(t.ctx, time.Second) // until what was written is recorded
+		if lost, err := t.awaitLoss(3 * time.Second); err != nil || lost {
+			return err
+		}
 	}
 	return nil
+}
+
+// awaitLoss reports whether the control has lost an element, or does so soon.
+func (t *torture) awaitLoss(soon time.Duration) (bool, error) {
+	for end := time.Now().Add(soon); ; sleep(t.ctx, 100*time.Millisecond) {
+		lost, err := t.checkLockset(t.ctx, controlSet)
+		if err != nil || lost > 0 || time.Now().After(end) {
+			return lost > 0, err
+		}
+	}
 }
 
 // stopWorkloads waits until all clients have given back what they had.

@@ -104,6 +104,14 @@ func (w *worker) hold(ctx context.Context, d time.Duration) {
 	}
 }
 
+// upToTimes is a number from 1 to n: 1 once the faults have stopped.
+func (w *worker) upToTimes(n int) int {
+	if w.settling.Load() {
+		return 1
+	}
+	return 1 + w.rand.IntN(n)
+}
+
 // waiters knows who contends for locks, to tell whether all of them get their turn.
 type waiters struct {
 	mu  sync.Mutex
