@@ -57,7 +57,7 @@ const (
 // plan makes the schedule of a seed. A shorter one is the beginning of a longer one, save what would not be healed in time.
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
-	for i, lane := range []lane{planMembers, planLinks, planHolders, planCalm, planKeys, planPauses} {
+	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -108,11 +108,24 @@ func planLinks(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	return f, f.At
 }
 
-// planHolders cuts a holder off, for longer than its lease lives; or what it writes is on its way for as long.
+// planHolders cuts the holder of the strict lock off, for longer than its lease lives.
 func planHolders(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:     after + between(r, 500*time.Millisecond, 2*time.Second),
-		Kind:   pick(r, cutHolder, cutHolder, holdBack),
+		Kind:   cutHolder,
+		Host:   r.IntN(hosts),
+		Aimed:  true,
+		Member: -1,
+		For:    between(r, 3*time.Second, 4500*time.Millisecond),
+	}
+	return f, f.At + f.For
+}
+
+// planHeldBack delays what a holder writes for longer than its lease lives.
+func planHeldBack(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 2*time.Second, 6*time.Second),
+		Kind:   holdBack,
 		Host:   r.IntN(hosts),
 		Aimed:  true,
 		Member: -1,
