@@ -86,6 +86,9 @@ func (t *torture) faultLinks(f fault) bool {
 	if f.Kind != delayLink || f.Delay > harmless {
 		defer t.troubles.begin(h.id)()
 	}
+	if f.Kind == holdBack {
+		sleep(t.ctx, 20*time.Millisecond) // until the holder has read, and is about to write
+	}
 	for _, l := range h.to(f.Member) {
 		switch f.Kind {
 		case cutHolder, cutLink:
