@@ -520,7 +520,7 @@ func (f *feed) run() {
 
 // pump follows etcd for as long as that is possible, and returns why it no longer is.
 func (f *feed) pump() error {
-	for failed := 0; ; {
+	for failed, looked := 0, true; ; {
 		if f.listing {
 			if err := f.list(); err != nil {
 				return err
@@ -533,7 +533,12 @@ func (f *feed) pump() error {
 		case errors.Is(err, errAhead):
 			f.queue.awaitRoom(f.ctx)
 			f.listing = f.snapshot
+		case errors.Is(err, errSilent) && !heard && looked:
+			// The connection is dead, and gRPC takes its connections in turn: one between two looks would get it every time.
+			looked = false
+			continue
 		}
+		looked = true
 		if failed++; heard || errors.Is(err, errBroken) {
 			failed = 1
 		}

@@ -621,6 +621,27 @@ func TestWatchLeavesAConnectionThatIsHalfOpen(t *testing.T) {
 	require.Equal(t, wrote, append(got, resumed...))
 }
 
+// Without DialKeepAliveTime nobody ever closes the dead connection, and gRPC goes on giving it every second request.
+func TestWatchMovesToAnotherConnectionFromOneThatIsSilent(t *testing.T) {
+	t.Parallel()
+	link := etcdtest.StartLink(t, testCluster.Endpoints()[0])
+	client, key := newClient(t, link.Endpoint()), nameOf(t)
+	w := mustWatch[string](t, client, key, WithCodec(Raw))
+	rev := mustPut(t, testCluster.Client(t), key, "before")
+	require.Equal(t, rev, next(t, w).Revision)
+	addEndpoints(client, testCluster.Endpoints()[0])
+	link.Cut()
+	for range 3 {
+		rev = mustPut(t, testCluster.Client(t), key, "after")
+		select {
+		case e := <-w.Events():
+			require.Equal(t, rev, e.Revision)
+		case <-time.After(30 * time.Second):
+			require.FailNow(t, "no event")
+		}
+	}
+}
+
 func TestWatchNoticesARestoredCluster(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
