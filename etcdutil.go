@@ -90,7 +90,8 @@ var (
 	ErrLockLost = errors.New("etcdutil: lock lost")
 	// ErrLockHeld says that somebody else holds the lock or waits for it.
 	ErrLockHeld = errors.New("etcdutil: lock held by another")
-	// ErrLogConflict says that the log was written by somebody who does not hold this lock.
+	// ErrLogConflict says that the log was written by somebody else: who does not hold this lock, or by another writer
+	// under it.
 	ErrLogConflict = errors.New("etcdutil: log written by another")
 	// ErrUnknownOutcome says that a write may or may not have been applied, and that reading back could not tell.
 	ErrUnknownOutcome = errors.New("etcdutil: outcome unknown")

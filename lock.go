@@ -905,10 +905,18 @@ func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Co
 	if l.unsettled {
 		// What was sent before compares the version, so it can no longer be applied once that is bumped.
 		if _, err := l.bump(held, c, nil); err != nil {
-			return 0, l.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %v", err))
+			return 0, l.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %w", notUnknown(err)))
 		}
 	}
 	return f(held)
+}
+
+// notUnknown is err without ErrUnknownOutcome, which is not said of what was not sent.
+func notUnknown(err error) error {
+	if errors.Is(err, ErrUnknownOutcome) {
+		return errors.New(err.Error())
+	}
+	return err
 }
 
 // isCurrent compares whether the lock is held, and nothing was committed since what is known of it: a key that was deleted and
@@ -925,6 +933,7 @@ func (l *Lock) bump(ctx context.Context, c *config, ops []clientv3.Op) (Revision
 	resp, d, err := l.transact(ctx, c, []clientv3.Cmp{l.isCurrent()}, then)
 	switch {
 	case err != nil && !d.applied:
+		l.unsettled = true // clientv3 may have sent it twice by itself, and tells only how the second one fared
 		return 0, l.definite(err)
 	case err == nil && resp.Succeeded:
 		return l.settled(resp.Header.Revision), nil
@@ -982,9 +991,7 @@ var errRefused = errors.New("refused, although nothing has changed")
 func (l *Lock) readBack(ctx context.Context, c *config, err error, d doubt) (Revision, error) {
 	kv, readErr := l.read(ctx, c)
 	switch {
-	case readErr != nil && !d.applied:
-		return 0, l.definite(readErr)
-	case readErr != nil:
+	case readErr != nil: // a refusal may be that of clientv3's own repetition
 		return 0, l.unknown(cmp.Or(err, readErr))
 	case kv == nil && !d.applied:
 		return 0, l.keyGone()

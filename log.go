@@ -78,17 +78,19 @@ type LogWriter[T any] struct {
 	conflict error
 }
 
-// position is where a log ends: its last entry's version and revision, 0 if there is none.
+// position is where a log ends: its last entry's version and revision, and the revision of the first entry; 0 if there is
+// none.
 type position struct {
 	version  int64
 	revision Revision
+	created  Revision
 }
 
 func positionOf(kv *mvccpb.KeyValue) position {
 	if kv == nil {
 		return position{}
 	}
-	return position{kv.Version, kv.ModRevision}
+	return position{kv.Version, kv.ModRevision, kv.CreateRevision}
 }
 
 // NewLogWriter makes a writer of the log of this name, a key, which only the holder of lock is to write. The writer's parent
@@ -218,9 +220,11 @@ func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
 		resp, d, err := w.lock.transact(ctx, &w.config, guards, []clientv3.Op{clientv3.OpPut(w.name, string(data))})
 		switch {
 		case err != nil && !d.applied:
+			_ = w.unknown(data, err) // clientv3 may have sent it twice by itself: the next write finds out
 			return w.lock.definite(err)
 		case err == nil && resp.Succeeded:
-			w.last = position{w.last.version + 1, resp.Header.Revision}
+			rev := resp.Header.Revision
+			w.last = position{w.last.version + 1, rev, cmp.Or(w.last.created, rev)}
 			return nil
 		}
 		if err := w.readBack(ctx, data, err, d); err != errAgain {
@@ -232,18 +236,18 @@ func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
 // readBack tells whether a transaction was applied that was refused by its guards, or else failed with err.
 func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, err error, d doubt) error {
 	entry, key, readErr := w.readSettled(ctx, d)
-	switch {
-	case readErr != nil && d.applied:
+	if readErr != nil { // a refusal may be that of clientv3's own repetition
 		return w.unknown(data, cmp.Or(err, readErr))
-	case readErr != nil:
-		return w.lock.definite(readErr)
 	}
 	now := positionOf(entry)
 	switch {
+	case w.isNext(entry, data) && key == nil: // the next holder may have written the same
+		_ = w.lock.keyGone()
+		return w.unknown(data, "the lock's key is gone")
 	case w.isNext(entry, data): // clientv3 may have repeated it by itself, and been refused
 		w.last = now
 		return nil
-	case d.applied && now != w.last && now.version != w.last.version+1:
+	case d.applied && now != w.last && (now.version != w.last.version+1 || now.created != w.last.created):
 		return w.unknown(data, "the log was deleted, or went on, meanwhile")
 	case key == nil:
 		return w.lock.keyGone()
@@ -363,7 +367,7 @@ func latest[T any](w *Watcher[T]) *Receiver[Event[T]] {
 	return n.Receiver()
 }
 
-// Read returns the next entry, and waits for it. Entries that were deleted with the log are not told.
+// Read returns the next entry, and waits for it. That the log was deleted is not told.
 //
 // An entry that does not decode is an error, together with the entry's version and revision; the next Read goes on. Once
 // the reader has ended the error is its cause: ErrGap after the last entry before the gap, ErrClosed, or the parent's end.

@@ -500,22 +500,72 @@ func TestNewWriterIsNotSurprisedByWhatAnEarlierOneLeftOpen(t *testing.T) {
 }
 
 // The first attempt is held back, and somebody writes the log before the second. Were that all, the first could still be
-// applied when it arrives, for the log may be deleted by then.
+// applied when it arrives, for the log may be deleted by then. In a log that was not there it may have been applied and
+// deleted before the other one wrote.
 func TestWriteInConflictCanNoLongerArrive(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
+	for name, before := range map[string][]string{"a log that is there": {"0"}, "a log that is not": nil} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client, faults := faultyClient(t)
+			w := mustWriter[string](t, mustAcquire(t, client, nameOf(t)), nameOf(t))
+			mustWrite(t, w, 1, before...)
+			var land func() error
+			faults.inTurn(
+				func(x txn) error { land = x.land; return errLost },
+				func(x txn) error { mustPut(t, direct, nameOf(t), `"x"`); return x.send() },
+			)
+			_, err := w.Write(t.Context(), "a")
+			if before == nil {
+				require.ErrorIs(t, err, ErrUnknownOutcome)
+				_, err = w.Write(t.Context(), "a")
+			}
+			require.ErrorIs(t, err, ErrLogConflict)
+			mustDelete(t, direct, nameOf(t))
+			require.NoError(t, land())
+			require.Zero(t, versionOf(t, direct, nameOf(t)))
+		})
+	}
+}
+
+// clientv3 repeats by itself what was answered Canceled, and tells only how the second one fared.
+func TestWriteThatClientv3HasSentTwiceIsNotTakenForAnothers(t *testing.T) {
+	t.Parallel()
 	client, faults := faultyClient(t)
-	w := mustWriter[string](t, mustAcquire(t, client, nameOf(t)), nameOf(t))
-	var land func() error
-	faults.inTurn(
-		func(x txn) error { land = x.land; return errLost },
-		func(x txn) error { mustPut(t, direct, nameOf(t), `"x"`); return x.send() },
-	)
+	lock := mustAcquire(t, client, nameOf(t))
+	w := mustWriter[string](t, lock, nameOf(t))
+	twice := func() {
+		faults.inTurn(
+			func(x txn) error { return errors.Join(x.send(), status.Error(codes.Canceled, "a proxy's")) },
+			func(x txn) error { return rpctypes.ErrGRPCPermissionDenied },
+		)
+	}
+	twice()
 	_, err := w.Write(t.Context(), "a")
-	require.ErrorIs(t, err, ErrLogConflict)
-	mustDelete(t, direct, nameOf(t))
-	require.NoError(t, land())
-	require.Zero(t, versionOf(t, direct, nameOf(t)))
+	require.ErrorIs(t, err, rpctypes.ErrPermissionDenied)
+	mustWrite(t, w, 2, "b")
+
+	twice()
+	key := nameOf(t) + "-committed"
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(key, "a"))
+	require.ErrorIs(t, err, rpctypes.ErrPermissionDenied)
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(key, "b"))
+	require.NoError(t, err)
+	value, _, _ := last(t, client, key)
+	require.Equal(t, "b", value)
+}
+
+func TestWriterThatLostItsLockDoesNotTakeTheNextOnesEntryForItsOwn(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	lost := mustAcquire(t, client, nameOf(t))
+	late := mustWriter[string](t, lost, nameOf(t))
+	mustDelete(t, client, lost.Key())
+	mustWrite(t, mustWriter[string](t, mustAcquire(t, client, nameOf(t)), nameOf(t)), 1, "tick")
+	_, err := late.Write(t.Context(), "tick")
+	require.Error(t, err)
+	require.NotErrorIs(t, err, ErrLogConflict)
 }
 
 // As above, but the log is deleted and the first attempt arrives before that has been prevented.

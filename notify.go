@@ -35,7 +35,7 @@ type Notify[T any] struct {
 // All receivers get the same v: nobody should change what it points to.
 //
 // It is refused once the Notify has ended: after Close with ErrClosed; after the parent's end with an error that Is both
-// the parent's Err and its context.Cause. The first of the two counts.
+// the parent's Err and its context.Cause, or ErrClosed alone if that is the cause. The first of the two counts.
 func (n *Notify[T]) Send(v T) error {
 	if !n.put(v) {
 		return n.over()

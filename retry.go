@@ -145,6 +145,9 @@ func retry[T any](ctx context.Context, c *config, op func(ctx context.Context) (
 }
 
 func gaveUp(attempts int, start time.Time, err error) error {
+	if err == nil { // no attempt was made
+		err = context.DeadlineExceeded
+	}
 	return fmt.Errorf("etcdutil: gave up after %d attempts in %v: %w", attempts, time.Since(start).Round(time.Millisecond), err)
 }
 

@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"hash/maphash"
 	"math/rand/v2"
+	"reflect"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +18,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
 )
@@ -201,8 +204,8 @@ func (c *watchConfig) validate(key string) error {
 // changes of one transaction together; where compaction, or a restore from an older backup, makes that impossible, the
 // watcher ends with ErrGap after the last change before the gap. With it the state is followed through both.
 //
-// A reader may be slow: a few megabytes are read ahead at most. Then the watch is put off until the reader has read
-// them, so that it can be overtaken by compaction.
+// A reader may be slow: a few megabytes are read ahead, beyond what etcd sends at once, which is up to a thousand revisions.
+// Then the watch is put off until the reader has read them, so that it can be overtaken by compaction.
 //
 // Errors: what etcd answered, when [RetryPolicy] has given up, which counts for this call alone; ErrGap if WithRevision was
 // compacted; rpctypes.ErrPermissionDenied, which also ends a watcher that resumes. A watcher notices that its connection
@@ -234,12 +237,17 @@ func newWatcher[T any](ctx context.Context, key string, c *watchConfig) (*Watche
 	}
 	w.begin(ctx)
 	w.feed = newFeed(w.ctx, key, c)
-	if err := w.feed.stand(&c.config); err != nil {
+	err := w.feed.begin(&c.config)
+	if err == nil {
+		w.pumping.Go(w.feed.run) // until the context ends, or the feed for good
+		err = w.feed.awaitStanding(&c.config)
+	}
+	if err != nil {
 		w.finish(err)
+		w.pumping.Wait()
 		return nil, err
 	}
-	go w.deliver(max(w.feed.next-1, 0)) // until the context ends, or the feed's end is delivered
-	w.pumping.Go(w.feed.run)            // until the context ends, or the feed for good
+	go w.deliver(w.feed.start) // until the context ends, or the feed's end is delivered
 	return w, nil
 }
 
@@ -365,7 +373,8 @@ func (c change) size() int {
 	return size
 }
 
-// maxAhead is how many bytes a feed reads ahead of its watcher, who may hold as many again.
+// maxAhead is how many bytes a feed reads ahead of its watcher, who may hold as many again, and either what came at once in
+// addition.
 const maxAhead = 4 << 20
 
 // queue is what is read ahead.
@@ -443,24 +452,28 @@ type feed struct {
 	queue *queue
 	view  *view // nil without a snapshot
 
-	next    Revision // the first that has not been queued
+	start   Revision // the last that was before the watch; set before it stands
+	next    Revision // the first that has not been queued; 0 before a watch from now on stands
 	seen    Revision // the newest that etcd is known to have had
 	cluster uint64   // which etcd that was
+	last    landmark // by which its history can be told from another
 	listing bool     // what there is has to be listed before it can be followed
+
+	patience time.Duration // with a watch that is silent
+	standing chan error    // how it began, once
 }
 
 func newFeed(ctx context.Context, key string, c *watchConfig) *feed {
-	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue()}
-	f.retry.Elapsed = -1
-	f.retry.Attempts = 0
+	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue(), patience: silence, standing: make(chan error, 1)}
+	f.retry.Elapsed, f.retry.Attempts, f.retry.DefiniteOnly = -1, 0, false
 	if c.snapshot {
 		f.view, f.listing = newView(c.prev), true
 	}
 	return f
 }
 
-// stand finds out where to begin, and whether that is possible.
-func (f *feed) stand(c *config) error {
+// begin finds out where to begin, and whether that is possible.
+func (f *feed) begin(c *config) error {
 	rev, err := f.look(c, f.from)
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted):
@@ -472,12 +485,40 @@ func (f *feed) stand(c *config) error {
 	case err != nil:
 		return err
 	case f.snapshot:
-		return nil
+		f.stands() // where it begins cannot be compacted under it
 	case f.from == 0:
-		f.from = rev + 1
+		f.start, f.from = rev, rev+1
+	default:
+		f.next = min(f.from, rev+1)
+		f.start = f.next - 1
 	}
-	f.next = min(f.from, rev+1)
 	return nil
+}
+
+// stands says that no later change is missed: a watch from now on is there, or one from a revision.
+func (f *feed) stands() { f.began(nil) }
+
+func (f *feed) began(err error) {
+	select {
+	case f.standing <- err:
+	default: // it had
+	}
+}
+
+// awaitStanding waits until the watch stands, for as long as the call may take.
+func (f *feed) awaitStanding(c *config) error {
+	limit := f.ctx
+	if elapsed := c.retry.withDefaults().Elapsed; elapsed > 0 {
+		var cancel context.CancelFunc
+		limit, cancel = context.WithTimeout(f.ctx, elapsed)
+		defer cancel()
+	}
+	select {
+	case err := <-f.standing:
+		return err
+	case <-limit.Done():
+		return ended(limit)
+	}
 }
 
 // look returns etcd's revision, if it has what is watched as of the revision at, where 0 is now.
@@ -487,6 +528,45 @@ func (f *feed) look(c *config, at Revision) (Revision, error) {
 		return 0, err
 	}
 	return resp.Header.Revision, f.recognise(resp)
+}
+
+// landmark is the newest change that was queued.
+type landmark struct {
+	key               string
+	revision, version int64
+}
+
+func (m *landmark) note(kv *mvccpb.KeyValue) {
+	if kv.ModRevision > m.revision {
+		*m = landmark{string(kv.Key), kv.ModRevision, kv.Version}
+	}
+}
+
+// lookAround finds out whether etcd is what it was, before it is watched again. An etcd that was restored, and has been written
+// so much since that its revision says nothing, has another history at the landmark, if anything of it was told.
+func (f *feed) lookAround(broken bool) error {
+	if _, err := f.look(&f.config, 0); err != nil || !broken || f.last.revision == 0 {
+		return err
+	}
+	resp, err := retry(clientv3.WithRequireLeader(f.ctx), &f.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return f.client.Get(ctx, f.last.key, clientv3.WithRev(f.last.revision), clientv3.WithKeysOnly())
+	})
+	switch {
+	case errors.Is(err, rpctypes.ErrCompacted): // it cannot be told
+		return nil
+	case err != nil:
+		return err
+	}
+	if kv := first(resp.Kvs); (kv == nil) != (f.last.version == 0) || kv != nil && (kv.ModRevision != f.last.revision || kv.Version != f.last.version) {
+		return errRestored
+	}
+	return nil
+}
+
+// isTooLarge reports whether a watch failed for good, because the client takes no message of that size.
+func isTooLarge(err error) bool {
+	f := failureOf(err)
+	return f.code == codes.ResourceExhausted && strings.HasPrefix(f.message, "grpc: received message larger than max")
 }
 
 // get reads what is watched, from a key on. It needs a leader, so that a member which is cut off from the quorum is left.
@@ -514,6 +594,7 @@ func (f *feed) recognise(resp *clientv3.GetResponse) error {
 
 func (f *feed) run() {
 	if err := f.pump(); f.ctx.Err() == nil {
+		f.began(err)
 		f.queue.push(change{end: fmt.Errorf("etcdutil: watch %q: %w", f.key, err)})
 	}
 }
@@ -526,25 +607,31 @@ func (f *feed) pump() error {
 				return err
 			}
 		}
+		f.patience = silence << min(max(failed-1, 0), 4) // etcd may take long to read what has happened since
 		heard, err := f.watch()
+		if failed++; heard || errors.Is(err, errBroken) {
+			failed = 1
+		}
 		switch {
 		case f.ctx.Err() != nil:
 			return ended(f.ctx)
 		case errors.Is(err, errAhead):
 			f.queue.awaitRoom(f.ctx)
 			f.listing = f.snapshot
+		case isTooLarge(err):
+			return err
 		case errors.Is(err, errSilent) && !heard && looked:
 			// The connection is dead, and gRPC takes its connections in turn: one between two looks would get it every time.
 			looked = false
 			continue
 		}
 		looked = true
-		if failed++; heard || errors.Is(err, errBroken) {
-			failed = 1
+		if failed == 2 {
+			f.logger.Warn("etcdutil: watch cannot be resumed yet", "key", f.key, "cause", err)
 		}
 		sleep(f.ctx, f.retry.withDefaults().backoff(failed))
 		if !errors.Is(err, rpctypes.ErrCompacted) {
-			_, err = f.look(&f.config, 0)
+			err = f.lookAround(errors.Is(err, errBroken))
 		}
 		if err := f.resumable(err); err != nil {
 			return err
@@ -577,6 +664,7 @@ var (
 	errAhead  = errors.New("etcdutil: the reader is behind")
 	errSilent = errors.New("etcdutil: the watch is silent")
 	errBroken = errors.New("etcdutil: the connection is broken")
+	errForgot = errors.New("etcdutil: the member does not know how far the watch has come")
 )
 
 // watch queues what comes of a watch from next on, until that ends, and returns why, and whether anything came.
@@ -586,22 +674,20 @@ func (f *feed) watch() (heard bool, err error) {
 	ctx, cancel := context.WithCancelCause(streamOfItsOwn(f.ctx))
 	var broken sync.WaitGroup
 	defer broken.Wait()
-	defer cancel(nil)
 	broken.Go(func() { f.awaitBroken(ctx, cancel) }) // until the context ends
 
-	silent := time.AfterFunc(silence, func() { cancel(errSilent) })
+	silent := time.AfterFunc(f.patience, func() { cancel(errSilent) })
 	defer silent.Stop()
-	responses, stands := f.open(ctx)
-	if !stands {
-		return false, context.Cause(ctx)
-	}
-	ask := f.progress(ctx)
+	watcher, done := f.watcher()
+	defer done()
+	defer cancel(nil)
+	ask := f.progress(ctx, watcher)
 	defer ask.Stop()
-	for resp := range responses {
-		silent.Reset(silence)
+	for resp := range watcher.Watch(ctx, f.key, f.options()...) {
+		silent.Reset(f.patience)
 		ask.Reset(quiet + rand.N(quiet))
 		err := f.receive(resp)
-		heard = heard || err == nil || err == errAhead
+		heard = heard || err == nil && !resp.Created || err == errAhead
 		if err != nil {
 			return heard, err
 		}
@@ -621,31 +707,21 @@ func streamOfItsOwn(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(clientv3.WithRequireLeader(ctx), "etcdutil-stream", stream)
 }
 
-// open opens a watch, and returns when it stands or ctx has ended. One that is given up is still waited for, until the client
-// is closed: clientv3 would leave open the stream of a watch whose context ends before it stands.
-func (f *feed) open(ctx context.Context) (responses clientv3.WatchChan, stands bool) {
-	watching, end := context.WithCancel(context.WithoutCancel(ctx))
-	opened, opts := make(chan clientv3.WatchChan), f.options()
-	go func() { // until the watch stands, or the client is closed
-		responses := f.client.Watch(watching, f.key, opts...)
-		context.AfterFunc(ctx, end)
-		select {
-		case opened <- responses:
-		case <-ctx.Done():
-		}
-	}()
-	select {
-	case responses := <-opened:
-		return responses, true
-	case <-ctx.Done():
-		return nil, false
+// watcher is for one watch, and closed after it: of a watch that ends while it is created or resumed clientv3 keeps the
+// stream, with nothing on it, until its watcher is closed. A watcher that is not clientv3's own, as that of a namespace, is
+// used as it is.
+func (f *feed) watcher() (w clientv3.Watcher, done func()) {
+	own := clientv3.NewWatcher(f.client)
+	if reflect.TypeOf(own) != reflect.TypeOf(f.client.Watcher) {
+		return f.client.Watcher, func() {}
 	}
+	return own, func() { _ = own.Close() }
 }
 
 // options has etcd send in fragments, which clientv3 joins: in one piece, what a thousand revisions have changed would be in
 // memory several times.
 func (f *feed) options() []clientv3.OpOption {
-	opts := []clientv3.OpOption{clientv3.WithRev(f.next), clientv3.WithFragment()}
+	opts := []clientv3.OpOption{clientv3.WithRev(f.next), clientv3.WithFragment(), clientv3.WithCreatedNotify()}
 	if f.prefix {
 		opts = append(opts, clientv3.WithPrefix())
 	}
@@ -664,11 +740,11 @@ func (f *feed) awaitBroken(ctx context.Context, cancel context.CancelCauseFunc) 
 }
 
 // progress is a timer that asks how far a watch has come, again and again until ctx ends.
-func (f *feed) progress(ctx context.Context) *time.Timer {
+func (f *feed) progress(ctx context.Context, watcher clientv3.Watcher) *time.Timer {
 	var ask *time.Timer
 	ask = time.AfterFunc(time.Hour, func() {
 		if ctx.Err() == nil { // else clientv3 might open another stream for it
-			_ = f.client.RequestProgress(ctx)
+			_ = watcher.RequestProgress(ctx)
 			ask.Reset(quiet + rand.N(quiet))
 		}
 	})
@@ -678,8 +754,15 @@ func (f *feed) progress(ctx context.Context) *time.Timer {
 
 // receive queues what a watch has sent. The changes of one revision come together.
 func (f *feed) receive(resp clientv3.WatchResponse) error {
-	if err := resp.Err(); err != nil {
+	switch err := resp.Err(); {
+	case errors.Is(err, rpctypes.ErrCompacted) && resp.CompactRevision <= f.next:
+		return errForgot // progress is nothing to it: a member that lags takes its leader's snapshot, and looks back to the last event
+	case err != nil:
 		return err
+	}
+	if resp.Created {
+		f.created(resp.Header.Revision)
+		return nil
 	}
 	upTo := f.next - 1
 	switch {
@@ -691,12 +774,23 @@ func (f *feed) receive(resp clientv3.WatchResponse) error {
 	if upTo < f.next {
 		return nil // sent twice, or no news
 	}
-	room := f.queue.push(f.changes(resp.Events, upTo)...)
+	room := upTo <= f.start || f.queue.push(f.changes(resp.Events, upTo)...)
 	f.next, f.seen = upTo+1, max(f.seen, upTo)
 	if !room {
 		return errAhead
 	}
 	return nil
+}
+
+// created notes that a watch stands, on a member of this revision. One from now on begins there, or, if the member lags, where
+// etcd was when that was asked for.
+func (f *feed) created(rev Revision) {
+	if f.next == 0 {
+		f.next = rev + 1
+		f.start = max(f.start, rev)
+		f.from = f.start + 1
+	}
+	f.stands()
 }
 
 // changes are those that were not queued before, and how far they go.
@@ -709,6 +803,7 @@ func (f *feed) changes(events []*clientv3.Event, upTo Revision) []change {
 		}
 		if rev >= max(f.next, f.from) {
 			changes = append(changes, f.changeOf(e))
+			f.last.note(e.Kv)
 		}
 	}
 	if n := len(changes); n > 0 {
@@ -748,6 +843,7 @@ func (f *feed) list() error {
 // listOnce lists page by page, all at the revision of the first, and waits for the reader between them.
 func (f *feed) listOnce() error {
 	f.view.begin()
+	f.last = landmark{}
 	var rev Revision
 	for from, limit := f.key, int64(minPage); from != ""; {
 		resp, err := f.get(&f.config, from, clientv3.WithRev(rev), clientv3.WithLimit(limit))
@@ -760,6 +856,9 @@ func (f *feed) listOnce() error {
 			rev = resp.Header.Revision
 		case err != nil:
 			return err
+		}
+		for _, kv := range resp.Kvs {
+			f.last.note(kv)
 		}
 		if changes := f.view.page(resp.Kvs); !f.queue.push(changes...) {
 			f.queue.awaitRoom(f.ctx)
