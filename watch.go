@@ -209,7 +209,8 @@ func (c *watchConfig) validate(key string) error {
 //
 // Errors: what etcd answered, when [RetryPolicy] has given up, which counts for this call alone; ErrGap if WithRevision was
 // compacted; rpctypes.ErrPermissionDenied, which also ends a watcher that resumes. A watcher notices that its connection
-// is dead, though nobody closed it, by DialKeepAliveTime in clientv3.Config: set it.
+// is dead, though nobody closed it, by DialKeepAliveTime in clientv3.Config: set it. Each watcher has a stream to etcd of
+// its own (etcd's --max-concurrent-streams bounds them for each client) and asks for progress about once a second.
 func Watch[T any](ctx context.Context, client *clientv3.Client, key string, opts ...WatchOption) (*Watcher[T], error) {
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
