@@ -31,7 +31,11 @@ func TestMain(m *testing.M) {
 	}
 	// The tests that run in parallel wait for leases to expire, not for a processor.
 	flag.Parse()
-	err := flag.Set("test.parallel", "24")
+	parallel := "24"
+	if underRace {
+		parallel = "12"
+	}
+	err := flag.Set("test.parallel", parallel)
 	if err != nil {
 		panic(err)
 	}

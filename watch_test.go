@@ -991,9 +991,9 @@ func TestWatchGivesUpAsItsPolicySaysWhenEtcdIsGone(t *testing.T) {
 	// Once it stands it does not give up.
 	link.Heal()
 	mustGet(t, client, "any") // over a new connection
-	w := mustWatch[string](t, client, nameOf(t), WithCodec(Raw), WithRetryPolicy(RetryPolicy{Elapsed: time.Millisecond * 500, Attempts: 1}))
+	w := mustWatch[string](t, client, nameOf(t), WithCodec(Raw), WithRetryPolicy(RetryPolicy{Elapsed: 2 * time.Second, Attempts: 1}))
 	link.Cut()
-	time.Sleep(time.Second)
+	time.Sleep(3 * time.Second)
 	rev := mustPut(t, newClient(t, testCluster.Endpoints()...), nameOf(t), "")
 	require.NoError(t, w.Err())
 	link.Heal()
