@@ -229,10 +229,12 @@ func BenchmarkWatch(b *testing.B) {
 	}()
 	round := func(prefix string, receive func()) func(n int) {
 		return func(n int) {
-			go write(b, writer, prefix, string(value), n)
+			var writing sync.WaitGroup
+			writing.Go(func() { write(b, writer, prefix, string(value), n) })
 			for range n {
 				receive()
 			}
+			writing.Wait()
 		}
 	}
 	compare(b, burst, []string{"etcdutil", "clientv3"}, []func(n int){
