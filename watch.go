@@ -374,8 +374,8 @@ func (c change) size() int {
 	return size
 }
 
-// maxAhead is how many bytes a feed reads ahead of its watcher, who may hold as many again, and either what came at once in
-// addition.
+// maxAhead is after how many bytes a feed no longer reads ahead of its watcher, who may hold as many again. What etcd sends at
+// once is taken as a whole, so that it may be exceeded by that.
 const maxAhead = 4 << 20
 
 // queue is what is read ahead.
@@ -555,6 +555,8 @@ func (f *feed) lookAround(broken bool) error {
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted): // it cannot be told
 		return nil
+	case errors.Is(err, rpctypes.ErrFutureRev): // it was restored just now
+		return errRestored
 	case err != nil:
 		return err
 	}
