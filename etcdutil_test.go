@@ -14,8 +14,10 @@ import (
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // testCluster is one member, for every test that does not harm it.
@@ -149,6 +151,40 @@ func leases(t testing.TB, client *clientv3.Client) []clientv3.LeaseStatus {
 	resp, err := client.Leases(ctx)
 	require.NoError(t, err)
 	return resp.Leases
+}
+
+// authCluster is a cluster with authentication, whose user may read and write keys under "allowed/". Its simple tokens
+// live for so many seconds after their last use; its passwords are hashed cheaply, which else takes seconds while other tests
+// run under the race detector.
+func authCluster(t *testing.T, tokenTTL uint) (cluster *etcdtest.Cluster, root *clientv3.Client) {
+	t.Helper()
+	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.AuthTokenTTL, c.BcryptCost = tokenTTL, 4 })
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = cluster.Close() })
+	admin, ctx := cluster.Client(t), context.Background()
+	for _, name := range []string{"root", "user"} {
+		_, err := admin.UserAdd(ctx, name, "secret")
+		require.NoError(t, err)
+		_, err = admin.RoleAdd(ctx, name)
+		require.NoError(t, err)
+		_, err = admin.UserGrantRole(ctx, name, name)
+		require.NoError(t, err)
+	}
+	_, err = admin.RoleGrantPermission(ctx, "user", "allowed/", "allowed0", clientv3.PermissionType(clientv3.PermReadWrite))
+	require.NoError(t, err)
+	_, err = admin.AuthEnable(ctx)
+	require.NoError(t, err)
+	return cluster, userClient(t, "root", nil, cluster.Endpoints()...)
+}
+
+func userClient(t *testing.T, name string, dial []grpc.DialOption, endpoints ...string) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop(), Username: name, Password: "secret", DialOptions: dial,
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
 }
 
 func mustAcquire(t testing.TB, client *clientv3.Client, name string, opts ...LockOption) *Lock {

@@ -577,9 +577,10 @@ func (k *keepAlive) run() {
 			sleep(k.ctx, k.pause(failed))
 			k.client.ActiveConnection().ResetConnectBackoff()
 		}
-		failed++
-		if answered := k.serve(); answered {
+		if answered := k.serve(k.openingPatience(failed)); answered {
 			failed = 0
+		} else {
+			failed++
 		}
 	}
 }
@@ -641,13 +642,18 @@ func (k *keepAlive) left() time.Duration {
 	return time.Until(k.due[0].Expiry())
 }
 
+// openingPatience is how long to wait for a stream to open. That can block on a token, which clientv3 fetches anew for every
+// stream: the member that is asked may be stuck, or just slow, for making tokens is meant to be. So the patience grows, as
+// far as the time that is left allows another attempt.
+func (k *keepAlive) openingPatience(failed int) time.Duration {
+	return max(min(k.left()/2, 2*time.Second<<min(failed, 10)), time.Second)
+}
+
 // serve opens a stream and runs it until it fails. It reports whether the failure is no reason to back off.
-func (k *keepAlive) serve() (answered bool) {
+func (k *keepAlive) serve(patience time.Duration) (answered bool) {
 	ctx, cancel := context.WithCancel(k.ctx)
 	defer cancel()
-	// Opening can block on a token, which clientv3 fetches anew for every stream: the member that is asked may be stuck, or
-	// just slow, for making tokens is meant to be.
-	opening := time.AfterFunc(min(max(k.left()/2, time.Second), 2*time.Second), cancel)
+	opening := time.AfterFunc(patience, cancel)
 	stream, err := k.open(ctx)
 	opening.Stop()
 	if err != nil {

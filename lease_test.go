@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +16,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 func TestLeaseIsRenewedUntilClosedAndThenItsKeysAreGone(t *testing.T) {
@@ -404,17 +407,17 @@ func keepAlivesOf(client *clientv3.Client) []*keepAlive {
 
 func TestLeaseThatMayNotBeRenewedDoesNotStarveTheOthers(t *testing.T) {
 	t.Parallel()
-	const ttl = 6 * time.Second // time for a few tokens, each of which takes most of a second under -race
-	cluster := etcdtest.Start(t, 1)
-	client := secured(t, cluster)
+	const ttl = 6 * time.Second
+	cluster, root := authCluster(t, 300)
+	client := userClient(t, "user", nil, cluster.Endpoints()...)
 	good := make([]*Lease, 20)
 	for i := range good {
 		good[i] = mustLease(t, client, ttl)
-		_, err := client.Put(t.Context(), fmt.Sprint("mine/", i), "", clientv3.WithLease(good[i].ID()))
+		_, err := client.Put(t.Context(), fmt.Sprint("allowed/", i), "", clientv3.WithLease(good[i].ID()))
 		require.NoError(t, err)
 	}
 	bad := mustLease(t, client, ttl)
-	_, err := authenticated(t, cluster, "root").Put(t.Context(), "forbidden", "", clientv3.WithLease(bad.ID()))
+	_, err := root.Put(t.Context(), "forbidden", "", clientv3.WithLease(bad.ID()))
 	require.NoError(t, err)
 
 	within(t, 2*ttl, bad.Done(), "the one runs out")
@@ -427,34 +430,22 @@ func TestLeaseThatMayNotBeRenewedDoesNotStarveTheOthers(t *testing.T) {
 	}
 }
 
-// secured turns on auth and returns a client that may only touch keys below mine/.
-func secured(t *testing.T, cluster *etcdtest.Cluster) *clientv3.Client {
-	t.Helper()
-	admin := cluster.Client(t)
-	ctx := t.Context()
-	for _, user := range []string{"root", "user"} {
-		_, err := admin.UserAdd(ctx, user, "secret")
-		require.NoError(t, err)
-		_, err = admin.RoleAdd(ctx, user)
-		require.NoError(t, err)
-		_, err = admin.UserGrantRole(ctx, user, user)
-		require.NoError(t, err)
-	}
-	_, err := admin.RoleGrantPermission(ctx, "user", "mine/", clientv3.GetPrefixRangeEnd("mine/"), clientv3.PermissionType(clientv3.PermReadWrite))
-	require.NoError(t, err)
-	_, err = admin.AuthEnable(ctx)
-	require.NoError(t, err)
-	return authenticated(t, cluster, "user")
-}
-
-func authenticated(t *testing.T, cluster *etcdtest.Cluster, user string) *clientv3.Client {
-	t.Helper()
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: cluster.Endpoints(), Username: user, Password: "secret", Logger: zap.NewNop(), DialTimeout: 5 * time.Second,
-	})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = client.Close() })
-	return client
+func TestLeaseIsRenewedThoughEtcdTakesLongToAuthenticate(t *testing.T) {
+	t.Parallel()
+	cluster, _ := authCluster(t, 300)
+	var slow atomic.Bool
+	client := userClient(t, "user", []grpc.DialOption{grpc.WithChainUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if slow.Load() && strings.HasSuffix(method, "/Authenticate") {
+				sleep(ctx, 3*time.Second)
+			}
+			return invoker(ctx, method, req, reply, cc, opts...)
+		})}, cluster.Endpoints()...)
+	lease := mustLease(t, client, 15*time.Second, WithKeepAliveInterval(time.Second))
+	first := lease.Expiry()
+	slow.Store(true)
+	eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(first) }, "renewed")
+	require.NoError(t, lease.Err(), context.Cause(lease))
 }
 
 func TestCloseOfALeaseHasOneResultAndIsBoundedWhileEtcdIsGone(t *testing.T) {

@@ -21,7 +21,6 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
-	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -812,51 +811,17 @@ func TestWatchThatIsPutOffForItsReaderHasNotFailed(t *testing.T) {
 	require.True(t, heard, "or it would be resumed ever later")
 }
 
-// authCluster is a cluster with authentication, whose user may read and write keys under "allowed/". Its simple tokens
-// live for a second after their last use.
-func authCluster(t *testing.T) (cluster *etcdtest.Cluster, root *clientv3.Client) {
-	t.Helper()
-	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.AuthTokenTTL, c.BcryptCost = 1, 4 })
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = cluster.Close() })
-	admin, ctx := cluster.Client(t), context.Background()
-	for _, name := range []string{"root", "user"} {
-		_, err := admin.UserAdd(ctx, name, "secret")
-		require.NoError(t, err)
-		_, err = admin.RoleAdd(ctx, name)
-		require.NoError(t, err)
-		_, err = admin.UserGrantRole(ctx, name, name)
-		require.NoError(t, err)
-	}
-	_, err = admin.RoleGrantPermission(ctx, "user", "allowed/", "allowed0", clientv3.PermissionType(clientv3.PermReadWrite))
-	require.NoError(t, err)
-	_, err = admin.AuthEnable(ctx)
-	require.NoError(t, err)
-	return cluster, userClient(t, "root", nil, cluster.Endpoints()...)
-}
-
-// userClient counts its reads in reads.
-func userClient(t *testing.T, name string, reads *atomic.Int64, endpoints ...string) *clientv3.Client {
-	t.Helper()
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop(), Username: name, Password: "secret",
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-			if reads != nil && strings.HasSuffix(method, "/Range") {
+func TestWatchWithoutPermissionFailsAtOnce(t *testing.T) {
+	t.Parallel()
+	cluster, _ := authCluster(t, 1)
+	var reads atomic.Int64
+	client := userClient(t, "user", []grpc.DialOption{grpc.WithChainUnaryInterceptor(
+		func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			if strings.HasSuffix(method, "/Range") {
 				reads.Add(1)
 			}
 			return invoker(ctx, method, req, reply, cc, opts...)
-		})},
-	})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = client.Close() })
-	return client
-}
-
-func TestWatchWithoutPermissionFailsAtOnce(t *testing.T) {
-	t.Parallel()
-	cluster, _ := authCluster(t)
-	var reads atomic.Int64
-	client := userClient(t, "user", &reads, cluster.Endpoints()...)
+		})}, cluster.Endpoints()...)
 	for _, key := range []string{"forbidden", "allowed", "allowed/key"} { // with the prefix "allowed", more than is allowed
 		for _, opts := range [][]WatchOption{{WithPrefix()}, {WithPrefix(), WithSnapshot()}, {WithPrefix(), WithRevision(1)}} {
 			reads.Store(0)
@@ -876,7 +841,7 @@ func TestWatchWithoutPermissionFailsAtOnce(t *testing.T) {
 
 func TestWatchEndsWhenItsPermissionWasRevoked(t *testing.T) {
 	t.Parallel()
-	cluster, root := authCluster(t)
+	cluster, root := authCluster(t, 1)
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
 	client := userClient(t, "user", nil, link.Endpoint())
 	plain := mustWatch[string](t, client, "allowed/a", WithCodec(Raw))
@@ -899,7 +864,7 @@ func TestWatchEndsWhenItsPermissionWasRevoked(t *testing.T) {
 
 func TestWatchOutlivesItsTokens(t *testing.T) {
 	t.Parallel()
-	cluster, root := authCluster(t)
+	cluster, root := authCluster(t, 1)
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
 	client := userClient(t, "user", nil, link.Endpoint())
 	w := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
@@ -930,7 +895,7 @@ func TestWatchOutlivesItsTokens(t *testing.T) {
 // clientv3 puts a client's watches on one stream.
 func TestWatchStandsBesideOneWhoseTokenHasExpired(t *testing.T) {
 	t.Parallel()
-	cluster, root := authCluster(t)
+	cluster, root := authCluster(t, 1)
 	client := userClient(t, "user", nil, cluster.Endpoints()...)
 	first := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
 	rev := mustPut(t, root, "allowed/a", "")
