@@ -9,15 +9,18 @@ import (
 	"hash/maphash"
 	"math/rand/v2"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/metadata"
@@ -204,8 +207,9 @@ func (c *watchConfig) validate(key string) error {
 // changes of one transaction together; where compaction, or a restore from an older backup, makes that impossible, the
 // watcher ends with ErrGap after the last change before the gap. With it the state is followed through both.
 //
-// A reader may be slow: a few megabytes are read ahead, beyond what etcd sends at once, which is up to a thousand revisions.
-// Then the watch is put off until the reader has read them, so that it can be overtaken by compaction.
+// A reader may be slow: a few megabytes are read ahead. Then the watch is put off until the reader has read them, so that it
+// can be overtaken by compaction. A client whose Watcher is wrapped (client/v3/namespace) in addition reads at once what etcd
+// sends at once to a watch that is behind, which is what up to a thousand revisions have changed.
 //
 // Errors: what etcd answered, when [RetryPolicy] has given up, which counts for this call alone; ErrGap if WithRevision was
 // compacted; rpctypes.ErrPermissionDenied, which also ends a watcher that resumes. A watcher notices that its connection
@@ -374,8 +378,7 @@ func (c change) size() int {
 	return size
 }
 
-// maxAhead is after how many bytes a feed no longer reads ahead of its watcher, who may hold as many again. What etcd sends at
-// once is taken as a whole, so that it may be exceeded by that.
+// maxAhead is after how many bytes a feed no longer reads ahead of its watcher, who may hold as many again.
 const maxAhead = 4 << 20
 
 // queue is what is read ahead.
@@ -422,14 +425,15 @@ func (q *queue) take() []change {
 	return changes
 }
 
-// awaitRoom waits until nothing is queued.
-func (q *queue) awaitRoom(ctx context.Context) {
+// awaitRoom waits until nothing is queued. It reports whether that is so.
+func (q *queue) awaitRoom(ctx context.Context) bool {
 	for !q.empty() && ctx.Err() == nil {
 		select {
 		case <-q.taken:
 		case <-ctx.Done():
 		}
 	}
+	return ctx.Err() == nil
 }
 
 func (q *queue) empty() bool {
@@ -661,6 +665,9 @@ const (
 	quiet = 500 * time.Millisecond
 	// silence is how long nothing need be heard of it, although it asks, until it is opened anew.
 	silence = 4 * time.Second
+	// indulgence is how long a watch is kept while its reader is behind. Until the reader goes on etcd keeps in memory what it is
+	// about to send; but if the watch is opened anew it has to read all of that again.
+	indulgence = 4 * time.Second
 )
 
 var (
@@ -681,21 +688,33 @@ func (f *feed) watch() (heard bool, err error) {
 
 	silent := time.AfterFunc(f.patience, func() { cancel(errSilent) })
 	defer silent.Stop()
-	watcher, done := f.watcher()
+	remote := piecemeal{etcdserverpb.NewWatchClient(f.client.ActiveConnection()), make(chan struct{}, 1)}
+	watcher, done := f.watcher(remote)
 	defer done()
 	defer cancel(nil)
 	ask := f.progress(ctx, watcher)
 	defer ask.Stop()
 	for resp := range watcher.Watch(ctx, f.key, f.options()...) {
-		silent.Reset(f.patience)
+		silent.Stop()
 		ask.Reset(quiet + rand.N(quiet))
 		err := f.receive(resp)
 		heard = heard || err == nil && !resp.Created || err == errAhead
-		if err != nil {
+		if err != nil && !(err == errAhead && f.indulge(ctx)) {
 			return heard, err
 		}
+		if len(resp.Events) > 0 {
+			wake(remote.taken)
+		}
+		silent.Reset(f.patience)
 	}
 	return heard, context.Cause(ctx)
+}
+
+// indulge waits for a reader that is behind. It reports whether the reader has come on.
+func (f *feed) indulge(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, indulgence)
+	defer cancel()
+	return f.queue.awaitRoom(ctx)
 }
 
 // streams counts the streams for watches.
@@ -713,16 +732,74 @@ func streamOfItsOwn(ctx context.Context) context.Context {
 // watcher is for one watch, and closed after it: of a watch that ends while it is created or resumed clientv3 keeps the
 // stream, with nothing on it, until its watcher is closed. A watcher that is not clientv3's own, as that of a namespace, is
 // used as it is.
-func (f *feed) watcher() (w clientv3.Watcher, done func()) {
-	own := clientv3.NewWatcher(f.client)
+func (f *feed) watcher(remote piecemeal) (w clientv3.Watcher, done func()) {
+	own := clientv3.NewWatchFromWatchClient(remote, f.client)
 	if reflect.TypeOf(own) != reflect.TypeOf(f.client.Watcher) {
 		return f.client.Watcher, func() {}
 	}
 	return own, func() { _ = own.Close() }
 }
 
-// options has etcd send in fragments, which clientv3 joins: in one piece, what a thousand revisions have changed would be in
-// memory several times.
+// piecemeal stands between clientv3 and etcd. What a thousand revisions have changed etcd sends at once, in fragments. clientv3
+// would join them, and read on whether they are wanted or not: here each is passed on by itself, in whole revisions, and the
+// next one after it was taken.
+type piecemeal struct {
+	etcdserverpb.WatchClient
+	taken chan struct{}
+}
+
+func (p piecemeal) Watch(ctx context.Context, opts ...grpc.CallOption) (etcdserverpb.Watch_WatchClient, error) {
+	stream, err := p.WatchClient.Watch(ctx, opts...)
+	return &pieces{Watch_WatchClient: stream, taken: p.taken}, err
+}
+
+// pieces is a stream. Only Recv uses its fields, which clientv3 calls from one goroutine.
+type pieces struct {
+	etcdserverpb.Watch_WatchClient
+	taken <-chan struct{}
+	given bool            // changes that have not been taken yet
+	rest  []*mvccpb.Event // of a revision that goes on in the next fragment
+}
+
+func (p *pieces) Recv() (*etcdserverpb.WatchResponse, error) {
+	for {
+		p.awaitTaken()
+		resp, err := p.Watch_WatchClient.Recv()
+		if err != nil {
+			return nil, err
+		}
+		more := resp.Fragment
+		resp.Events, p.rest = append(p.rest, resp.Events...), nil
+		if more {
+			resp.Events, p.rest = wholeRevisions(resp.Events)
+			resp.Fragment = false
+		}
+		if p.given = len(resp.Events) > 0; p.given || !more {
+			return resp, nil
+		}
+	}
+}
+
+func (p *pieces) awaitTaken() {
+	if !p.given {
+		return
+	}
+	select {
+	case <-p.taken:
+	case <-p.Context().Done(): // Recv tells
+	}
+}
+
+// wholeRevisions splits off the events of the last revision, which may not be all.
+func wholeRevisions(events []*mvccpb.Event) (whole, rest []*mvccpb.Event) {
+	n := len(events)
+	for n > 0 && events[n-1].Kv.ModRevision == events[len(events)-1].Kv.ModRevision {
+		n--
+	}
+	return events[:n:n], slices.Clone(events[n:])
+}
+
+// options has etcd send in fragments. In one piece, what a thousand revisions have changed would be in memory several times.
 func (f *feed) options() []clientv3.OpOption {
 	opts := []clientv3.OpOption{clientv3.WithRev(f.next), clientv3.WithFragment(), clientv3.WithCreatedNotify()}
 	if f.prefix {

@@ -811,6 +811,22 @@ func TestWatchThatIsPutOffForItsReaderHasNotFailed(t *testing.T) {
 	require.True(t, heard, "or it would be resumed ever later")
 }
 
+func TestWatchIsKeptForAReaderWhoIsOnlySlow(t *testing.T) {
+	t.Parallel()
+	client, streams := countingStreams(t)
+	const puts = 30
+	first := mustPut(t, client, nameOf(t), "")
+	for range puts - 1 {
+		mustPut(t, client, nameOf(t), strings.Repeat("x", 1_000_000))
+	}
+	w := mustWatch[string](t, client, nameOf(t), WithCodec(Raw), WithRevision(first))
+	for version := range puts {
+		time.Sleep(20 * time.Millisecond) // so that the whole is not there before it is read
+		require.EqualValues(t, version+1, next(t, w).Version)
+	}
+	require.EqualValues(t, 1, streams.all.Load(), "or etcd would have read all of it again and again")
+}
+
 func TestWatchWithoutPermissionFailsAtOnce(t *testing.T) {
 	t.Parallel()
 	cluster, _ := authCluster(t, 1)
