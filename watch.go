@@ -457,12 +457,12 @@ type feed struct {
 	queue *queue
 	view  *view // nil without a snapshot
 
-	start   Revision // the last that was before the watch; set before it stands
-	next    Revision // the first that has not been queued; 0 before a watch from now on stands
-	seen    Revision // the newest that etcd is known to have had
-	cluster uint64   // which etcd that was
-	last    landmark // by which its history can be told from another
-	listing bool     // what there is has to be listed before it can be followed
+	start   Revision         // the last that was before the watch; set before it stands
+	next    Revision         // the first that has not been queued; 0 before a watch from now on stands
+	seen    Revision         // the newest that etcd is known to have had
+	cluster uint64           // which etcd that was
+	last    *mvccpb.KeyValue // the newest change that was queued, by which its history can be told from another; nil before the first
+	listing bool             // what there is has to be listed before it can be followed
 
 	patience time.Duration // with a watch that is silent
 	standing chan error    // how it began, once
@@ -535,26 +535,24 @@ func (f *feed) look(c *config, at Revision) (Revision, error) {
 	return resp.Header.Revision, f.recognise(resp)
 }
 
-// landmark is the newest change that was queued.
-type landmark struct {
-	key               string
-	revision, version int64
-}
-
-func (m *landmark) note(kv *mvccpb.KeyValue) {
-	if kv.ModRevision > m.revision {
-		*m = landmark{string(kv.Key), kv.ModRevision, kv.Version}
+// note keeps the newest change that was queued.
+func (f *feed) note(kv *mvccpb.KeyValue) {
+	if kv.ModRevision > f.last.GetModRevision() {
+		f.last = kv
 	}
 }
 
 // lookAround finds out whether etcd is what it was, before it is watched again. An etcd that was restored, and has been written
-// so much since that its revision says nothing, has another history at the landmark, if anything of it was told.
-func (f *feed) lookAround(broken bool) error {
-	if _, err := f.look(&f.config, 0); err != nil || !broken || f.last.revision == 0 {
+// so much since that its revision says nothing, has another history at the newest change, if one was told.
+//
+// away says that it may have been restored. It is not asked for nothing: gRPC takes its connections in turn, so that a watch
+// between two reads would get the same of three members every time.
+func (f *feed) lookAround(away bool) error {
+	if _, err := f.look(&f.config, 0); err != nil || !away || f.last == nil {
 		return err
 	}
 	resp, err := retry(clientv3.WithRequireLeader(f.ctx), &f.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return f.client.Get(ctx, f.last.key, clientv3.WithRev(f.last.revision), clientv3.WithKeysOnly())
+		return f.client.Get(ctx, string(f.last.Key), clientv3.WithRev(f.last.ModRevision))
 	})
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted): // it cannot be told
@@ -564,10 +562,15 @@ func (f *feed) lookAround(broken bool) error {
 	case err != nil:
 		return err
 	}
-	if kv := first(resp.Kvs); (kv == nil) != (f.last.version == 0) || kv != nil && (kv.ModRevision != f.last.revision || kv.Version != f.last.version) {
+	if deleted := f.last.Version == 0; deleted && len(resp.Kvs) > 0 || !deleted && !sameChange(first(resp.Kvs), f.last) {
 		return errRestored
 	}
 	return nil
+}
+
+// sameChange reports whether a is there and what b is.
+func sameChange(a, b *mvccpb.KeyValue) bool {
+	return a != nil && a.ModRevision == b.ModRevision && a.Version == b.Version && bytes.Equal(a.Value, b.Value)
 }
 
 // isTooLarge reports whether a watch failed for good, because the client takes no message of that size.
@@ -638,7 +641,7 @@ func (f *feed) pump() error {
 		}
 		sleep(f.ctx, f.retry.withDefaults().backoff(failed))
 		if !errors.Is(err, rpctypes.ErrCompacted) {
-			err = f.lookAround(errors.Is(err, errBroken))
+			err = f.lookAround(errors.Is(err, errBroken) || errors.Is(err, errAhead))
 		}
 		if err := f.resumable(err); err != nil {
 			return err
@@ -883,7 +886,7 @@ func (f *feed) changes(events []*clientv3.Event, upTo Revision) []change {
 		}
 		if rev >= max(f.next, f.from) {
 			changes = append(changes, f.changeOf(e))
-			f.last.note(e.Kv)
+			f.note(e.Kv)
 		}
 	}
 	if n := len(changes); n > 0 {
@@ -923,7 +926,7 @@ func (f *feed) list() error {
 // listOnce lists page by page, all at the revision of the first, and waits for the reader between them.
 func (f *feed) listOnce() error {
 	f.view.begin()
-	f.last = landmark{}
+	f.last = nil
 	var rev Revision
 	for from, limit := f.key, int64(minPage); from != ""; {
 		resp, err := f.get(&f.config, from, clientv3.WithRev(rev), clientv3.WithLimit(limit))
@@ -938,7 +941,7 @@ func (f *feed) listOnce() error {
 			return err
 		}
 		for _, kv := range resp.Kvs {
-			f.last.note(kv)
+			f.note(kv)
 		}
 		if changes := f.view.page(resp.Kvs); !f.queue.push(changes...) {
 			f.queue.awaitRoom(f.ctx)

@@ -1397,6 +1397,32 @@ func TestWatchNoticesARestoreThatHasBeenOvertaken(t *testing.T) {
 	require.ErrorIs(t, cause, ErrGap)
 }
 
+func TestWatchNoticesARestoreWhileItsReaderIsBehind(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, key := cluster.Client(t), nameOf(t)
+	require.NoError(t, cluster.Backup())
+	client, streams := countingStreams(t)
+	client.SetEndpoints(cluster.Endpoints()...)
+	w := mustWatch[string](t, client, key, WithCodec(Raw))
+	const puts = 20
+	for range puts {
+		mustPut(t, writer, key, strings.Repeat("x", 1_000_000))
+	}
+	eventually(t, func() bool { return streams.open.Load() == 0 }, "the watch is put off")
+	require.NoError(t, cluster.Restore())
+	direct := cluster.Client(t)
+	for range 2 * puts {
+		mustPut(t, direct, key, "of another history")
+	}
+	events, cause := ends(t, w)
+	require.ErrorIs(t, cause, ErrGap)
+	require.Less(t, len(events), puts)
+	for _, e := range events {
+		require.Len(t, e.Value, 1_000_000)
+	}
+}
+
 func TestWatchOutlivesAnOutageThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	t.Parallel()
 	d := openDoor(t, testCluster.Endpoints()[0])
