@@ -13,8 +13,8 @@
 // A constructor's ctx is the resource's parent, as in database/sql's BeginTx: its values and its end are inherited. It
 // is not a timeout for the call; [WithAcquireTimeout] is. To every other method ctx bounds that call alone.
 //
-// When a parent ends, the context ends and the lease is renewed no longer, but nothing is released: the work may still
-// be winding down. Close releases; without it the server does, when the lease's TTL has passed. [context.Cause] says
+// When a parent ends, the context ends and the resource's own lease is renewed no longer, but nothing is released: the work may
+// still be winding down. Close releases; without it the server does, when the lease's TTL has passed. [context.Cause] says
 // why a resource's context ended: [ErrClosed], [ErrLeaseExpired], [ErrLeaseRevoked], [ErrLockLost], or the parent's
 // cause. Err and Deadline are the plain ones of a context; what moves is [Lease.Expiry].
 //
@@ -166,6 +166,9 @@ type lifetime struct {
 	held context.Context
 	drop context.CancelCauseFunc
 	once sync.Once
+
+	// ending, unless nil, is called before ctx ends: what runs under it may have to be told another cause.
+	ending func(cause error)
 }
 
 func (l *lifetime) begin(parent context.Context) {
@@ -177,6 +180,9 @@ func (l *lifetime) begin(parent context.Context) {
 func (l *lifetime) finish(cause error) (first bool) {
 	l.once.Do(func() {
 		l.drop(cause)
+		if l.ending != nil {
+			l.ending(cause)
+		}
 		l.end(cause)
 		first = true
 	})
@@ -211,8 +217,11 @@ func (c *config) closing(ctx context.Context, bound time.Duration) (context.Cont
 const stragglers = 30 * time.Second
 
 // sweep calls remove until it has succeeded, and then again for as long as fear: what it is to remove may arrive late. It
-// ends when ctx does, or when remove fails for good.
+// ends when ctx or the client does, or when remove fails for good.
 func sweep(ctx context.Context, c *config, fear time.Duration, remove func(ctx context.Context) error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.client.Ctx(), cancel)()
 	patient := *c
 	patient.retry = RetryPolicy{Elapsed: -1}
 	var until time.Time

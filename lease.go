@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -41,8 +42,8 @@ type Lease struct {
 	refusal  error // why the server will not renew it
 	renew    *time.Timer
 	expire   *time.Timer
-	keys     map[string]bool // in use by its locks
-	locks    int64           // that it has held
+	keys     map[string]*Lock // by the keys that they use
+	locks    int64            // that it has held
 
 	// stream and left are guarded by keepAlives, renewing by stream.mu.
 	stream   *keepAlive
@@ -73,8 +74,9 @@ type leaseOption func(*leaseConfig)
 func (o leaseOption) applyLease(c *leaseConfig) { o(c) }
 func (o leaseOption) applyLock(c *lockConfig)   { o(&c.leaseConfig) }
 
-// WithKeepAliveInterval sets the time from one renewal to the next; default a third of the granted TTL. It must be
-// positive and less than the TTL. If it is longer than TTL less margin, the lease runs out before it is renewed.
+// WithKeepAliveInterval sets the time from one renewal to the next; default a third of the granted TTL, or half of what a
+// large margin leaves of it. It must be positive and less than the TTL. If it is longer than TTL less margin, the lease runs
+// out before it is renewed.
 func WithKeepAliveInterval(d time.Duration) LeaseOption {
 	return leaseOption(func(c *leaseConfig) { c.interval = &d })
 }
@@ -141,7 +143,7 @@ func wholeSeconds(d time.Duration) int64 {
 // seconds, and the server may grant more (etcd grants at least 2 s by default).
 //
 // The request is retried as [RetryPolicy] says. If NewLease fails, whatever it may have left on the server is revoked
-// behind it, and runs out with the TTL at the latest.
+// behind it, and runs out with the TTL at the latest. A lease whose time was over when the answer came is ErrLeaseExpired.
 func NewLease(ctx context.Context, client *clientv3.Client, ttl time.Duration, opts ...LeaseOption) (*Lease, error) {
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
@@ -162,16 +164,23 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 	if err != nil {
 		return nil, fmt.Errorf("etcdutil: grant lease: %w", err)
 	}
+	margin := or(c.margin, g.ttl/10)
 	l := &Lease{
 		config:   c.config,
 		id:       g.id,
 		ttl:      g.ttl,
-		interval: or(c.interval, g.ttl/3),
-		margin:   or(c.margin, g.ttl/10),
+		interval: or(c.interval, min(g.ttl/3, (g.ttl-margin)/2)),
+		margin:   margin,
 		max:      or(c.max, unlimited),
 	}
 	l.begin(parent)
+	l.ending = l.loseLocks
 	l.keep(g.since)
+	if lost := l.lost(); lost != nil {
+		l.stop()
+		forsakeLease(ctx, &c.config, g.id, g.ttl, 0)
+		return nil, fmt.Errorf("etcdutil: grant lease: the answer came too late: %w", lost)
+	}
 	return l, nil
 }
 
@@ -193,7 +202,7 @@ type grant struct {
 // clientv3.Lease, which offers no way to choose.
 func grantLease(ctx context.Context, c *config, seconds int64) (grant, error) {
 	remote := clientv3.RetryLeaseClient(c.client)
-	id := newLeaseID()
+	id, ttl := newLeaseID(), time.Duration(seconds)*time.Second
 	doubt := false
 	g, err := retry(ctx, c, func(ctx context.Context) (grant, error) {
 		for {
@@ -207,14 +216,15 @@ func grantLease(ctx context.Context, c *config, seconds int64) (grant, error) {
 			if !errors.Is(err, rpctypes.ErrLeaseExist) {
 				return grant{}, err
 			}
-			// It is ours, from an attempt that was not answered, and of unknown age. Begin again, under another ID: that
-			// one's revocation may be late.
-			forsakeLease(ctx, c, id, time.Duration(seconds)*time.Second)
+			// It is ours, from an attempt that was not answered, and of unknown age. Begin again, under another ID.
+			if revokeLease(ctx, c, id) != nil {
+				forsakeLease(ctx, c, id, ttl, 0)
+			}
 			id, doubt = newLeaseID(), false
 		}
 	})
 	if err != nil && doubt {
-		forsakeLease(ctx, c, id, time.Duration(seconds)*time.Second)
+		forsakeLease(ctx, c, id, ttl, min(ttl, stragglers))
 	}
 	return g, err
 }
@@ -229,13 +239,22 @@ func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
 	return nil
 }
 
-// forsakeLease revokes a lease behind the caller, again if the lost request that grants it arrives late. It ends after the
-// TTL: then the lease, which nobody renews, is as good as gone.
-func forsakeLease(ctx context.Context, c *config, id clientv3.LeaseID, ttl time.Duration) {
+// forsaking bounds how many leases are being revoked behind their callers: an outage may leave any number.
+var forsaking = make(chan struct{}, 64)
+
+// forsakeLease revokes a lease behind the caller, and for as long as fear again, if the lost request that grants it may arrive
+// late. It ends after the TTL: then the lease, which nobody renews, is as good as gone. So it is if there are too many.
+func forsakeLease(ctx context.Context, c *config, id clientv3.LeaseID, ttl, fear time.Duration) {
+	select {
+	case forsaking <- struct{}{}:
+	default:
+		return
+	}
 	behind(func() {
+		defer func() { <-forsaking }()
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), ttl)
 		defer cancel()
-		sweep(ctx, c, min(ttl, stragglers), func(ctx context.Context) error { return revokeLease(ctx, c, id) })
+		sweep(ctx, c, fear, func(ctx context.Context) error { return revokeLease(ctx, c, id) })
 	})
 }
 
@@ -255,7 +274,7 @@ func (l *Lease) Expiry() time.Time {
 
 // Alive asks the server whether it knows the lease. It answers whatever the state of the context, and changes nothing.
 func (l *Lease) Alive(ctx context.Context) (bool, error) {
-	resp, err := retry(ctx, &l.config, func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
+	resp, err := query(ctx, &l.config, func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
 		return l.config.client.TimeToLive(ctx, l.id)
 	})
 	if err != nil {
@@ -300,20 +319,29 @@ func (l *Lease) outlived() string { return time.Now().Add(l.ttl).Format(time.RFC
 // was ever under a lock's name slows its queue down until etcd is compacted, which is why keys are used again at all.
 const nonces = 4
 
-// takeKey returns a key for a lock of that name that no other lock on this lease has.
-func (l *Lease) takeKey(name string) string {
+// takeKey gives the lock a key that no other lock on this lease has.
+func (l *Lease) takeKey(lock *Lock) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.keys == nil {
-		l.keys = make(map[string]bool)
+		l.keys = make(map[string]*Lock)
 	}
 	l.locks++
-	key := l.keyOf(name, l.locks%nonces)
-	if l.keys[key] {
-		key = l.keyOf(name, l.locks+nonces) // which was never used before
+	lock.key = l.keyOf(lock.name, l.locks%nonces)
+	if l.keys[lock.key] != nil {
+		lock.key = l.keyOf(lock.name, l.locks+nonces) // which was never used before
 	}
-	l.keys[key] = true
-	return key
+	l.keys[lock.key] = lock
+}
+
+// loseLocks ends the lease's locks before it ends: the context of one may be a child of the lease's.
+func (l *Lease) loseLocks(cause error) {
+	l.mu.Lock()
+	locks := slices.Collect(maps.Values(l.keys))
+	l.mu.Unlock()
+	for _, lock := range locks {
+		lock.lose(cause)
+	}
 }
 
 func (l *Lease) keyOf(name string, nonce int64) string {

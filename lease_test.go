@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -549,4 +550,42 @@ func TestKeptLeasesCostNoRequestBeforeTheFirstRenewalIsDue(t *testing.T) {
 		require.EqualValues(t, 1, server.streams.Load())
 		require.NoError(t, lease.Close())
 	})
+}
+
+func TestLeaseWithALargeMarginIsRenewedInTime(t *testing.T) {
+	t.Parallel()
+	lease := mustLease(t, testCluster.Client(t), 6*time.Second, WithExpiryMargin(4500*time.Millisecond))
+	first := lease.Expiry()
+	eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(first) }, "renewed")
+	require.NoError(t, lease.Err(), context.Cause(lease))
+}
+
+func TestLeaseWhoseTimeIsOverWhenItIsGrantedIsAnError(t *testing.T) {
+	t.Parallel()
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		err := invoker(ctx, method, req, reply, cc, opts...)
+		if strings.HasSuffix(method, "/LeaseGrant") {
+			sleep(ctx, 2*time.Second)
+		}
+		return err
+	})
+	lease, err := NewLease(t.Context(), client, 2*time.Second)
+	require.Nil(t, lease)
+	require.ErrorIs(t, err, ErrLeaseExpired)
+}
+
+func TestAnOutageLeavesABoundedNumberOfGoroutines(t *testing.T) {
+	cluster := etcdtest.Start(t, 1)
+	client := cluster.Client(t)
+	require.NoError(t, cluster.Stop(0))
+	before := runtime.NumGoroutine()
+	for range 3 * cap(forsaking) {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
+		_, err := NewLease(ctx, client, time.Hour)
+		cancel()
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+	}
+	require.Less(t, runtime.NumGoroutine(), before+2*cap(forsaking))
+	require.NoError(t, client.Close())
+	eventually(t, func() bool { return len(forsaking) == 0 }, "the client's end ends them")
 }

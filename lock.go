@@ -23,8 +23,8 @@ import (
 const DefaultTTL = 10 * time.Second
 
 // Lock is a lock that is held. It is a context.Context: Done closes when the lock is no longer surely held, which is
-// before anybody else can hold it, save where its key was deleted by hand. Nobody but the lock may write its key: an
-// overwritten one may have lost its lease, and with it its place, which only Commit and Alive notice.
+// before anybody else can hold it, save where its key was deleted or its lease revoked by somebody else. Nobody but the lock
+// may write its key: an overwritten one may have lost its lease, and with it its place, which only Commit and Alive notice.
 //
 // All methods are safe for concurrent use.
 type Lock struct {
@@ -82,7 +82,7 @@ func WithTTL(ttl time.Duration) LockOption {
 
 // WithLease has the lock held by this lease, which any number of locks may share: two locks of one name on one lease
 // exclude each other like any others. Closing the lock leaves the lease alive; closing or losing the lease loses the
-// lock. A lease that is nil or has ended is refused, and so is any option about the lock's own lease.
+// lock. A lock that is not closed, though its parent has ended, blocks others for as long as the lease lives. A lease that is nil or has ended is refused, and so is any option about the lock's own lease.
 func WithLease(lease *Lease) LockOption {
 	return lockOption(func(c *lockConfig) { c.lease, c.shared = lease, true })
 }
@@ -263,7 +263,6 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 		config:     c.config,
 		waiting:    c.config,
 		name:       name,
-		key:        lease.takeKey(name),
 		value:      c.value,
 		lease:      lease,
 		shared:     c.shared,
@@ -273,6 +272,7 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 		l.waiting.retry.Elapsed = -1
 	}
 	l.begin(context.WithValue(parent, lockKey{}, l))
+	lease.takeKey(l)
 	l.unhook = context.AfterFunc(lease.ctx, l.leaseEnded)
 	return l
 }
@@ -291,15 +291,14 @@ func (l *Lock) take(c *lockConfig, start time.Time, get func(l *Lock, ctx contex
 	return err
 }
 
-// leaseEnded ends the lock with its lease: a lease that is lost or closed takes the lock with it, a lease whose parent
-// has ended keeps it until it runs out.
+// leaseEnded ends the lock's context with its lease's, whose parent has ended: it is still held until the lease runs out. One
+// that is lost or closed has taken its locks with it, unless they were only being made.
 func (l *Lock) leaseEnded() {
 	if cause := context.Cause(l.lease.held); cause != nil {
 		l.lose(cause)
 		return
 	}
 	l.end(context.Cause(l.lease.ctx))
-	context.AfterFunc(l.lease.held, l.leaseEnded)
 }
 
 // lose ends the lock, because of its lease if cause is not nil, else because its key is gone.
@@ -330,7 +329,7 @@ func (l *Lock) abandon() {
 		switch {
 		case !l.shared:
 			if err := l.lease.Close(); errors.Is(err, ErrUnknownOutcome) {
-				forsakeLease(l.ctx, &l.config, l.lease.id, l.lease.ttl)
+				forsakeLease(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, stragglers))
 			}
 		case l.token == 0 && !l.doubt: // nothing was written
 			l.lease.giveKey(l.key)
@@ -389,7 +388,7 @@ func (l *Lock) write(ctx context.Context, guard clientv3.Cmp, more ...clientv3.O
 // found reads the key, which an earlier attempt may have written, and the youngest contenders. It reports whether it was
 // written.
 func (l *Lock) found(ctx context.Context) (written bool, contenders *etcdserverpb.RangeResponse, err error) {
-	resp, err := retry(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := query(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return l.config.client.Txn(ctx).Then(clientv3.OpGet(l.key), newest(l.name)).Commit()
 	})
 	if err != nil {
@@ -442,7 +441,7 @@ func nearest(ctx context.Context, c *config, name string, page *etcdserverpb.Ran
 		return nil, nil
 	}
 	// All of the young ones are strays. How many there are is not known: read on, but not everything at once.
-	all, err := retry(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
+	all, err := query(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return c.client.Get(ctx, prefix(name), clientv3.WithPrefix(), clientv3.WithMaxCreateRev(token-1),
 			clientv3.WithLimit(16*int64(len(page.Kvs))), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))
 	})
@@ -498,7 +497,7 @@ func (l *Lock) watchOlder(ctx context.Context, older *mvccpb.KeyValue, failed in
 
 // stillThere reports whether both older and the lock's own key are there.
 func (l *Lock) stillThere(ctx context.Context, older *mvccpb.KeyValue) (bool, error) {
-	resp, err := retry(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := query(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return l.config.client.Txn(ctx).Then(clientv3.OpGet(l.key), clientv3.OpGet(string(older.Key))).Commit()
 	})
 	if err != nil {
@@ -511,7 +510,7 @@ func (l *Lock) stillThere(ctx context.Context, older *mvccpb.KeyValue) (bool, er
 
 // look reads, at one revision, whether the lock's key is still there and which contender is the nearest older one.
 func (l *Lock) look(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := retry(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := query(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return l.config.client.Txn(ctx).
 			Then(clientv3.OpGet(l.key), newest(l.name, clientv3.WithMaxCreateRev(l.token-1))).
 			Commit()
@@ -527,7 +526,7 @@ func (l *Lock) look(ctx context.Context) (*mvccpb.KeyValue, error) {
 
 // lookBefore returns the revision at which nobody held the lock or waited for it, else ErrLockHeld.
 func lookBefore(ctx context.Context, c *config, name string) (Revision, error) {
-	resp, err := retry(ctx, c, func(ctx context.Context) (clientv3.OpResponse, error) {
+	resp, err := query(ctx, c, func(ctx context.Context) (clientv3.OpResponse, error) {
 		return c.client.Do(ctx, newest(name))
 	})
 	if err != nil {
@@ -590,7 +589,7 @@ func (l *Lock) watchKey() {
 		if failed++; time.Since(began) > relook { // it stood
 			failed = 0
 		}
-		resp, err := retry(l.ctx, &patient, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := query(l.ctx, &patient, func(ctx context.Context) (*clientv3.GetResponse, error) {
 			return l.config.client.Get(ctx, l.key)
 		})
 		if l.Err() != nil {
@@ -707,7 +706,7 @@ func (l *Lock) Alive(ctx context.Context) (bool, error) {
 
 // read returns the lock's key, nil if it is gone.
 func (l *Lock) read(ctx context.Context, c *config) (*mvccpb.KeyValue, error) {
-	resp, err := retry(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := query(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return l.config.client.Get(ctx, l.key)
 	})
 	if err != nil {
@@ -739,8 +738,8 @@ func (l *Lock) release() error {
 		err = l.lease.Close()
 	case lost == nil:
 		err = l.deleteKey()
-	case l.doubt:
-		go l.sweepKey() // what was written late may stay although the lock was lost
+	default: // its key may be written late, or by somebody else; unless the lease has taken it along
+		behind(l.sweepKey)
 	}
 	switch {
 	case lost != nil:
@@ -809,9 +808,9 @@ const maxCommitOps = 127
 
 // Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns the revision.
 //
-// ErrLockLost says that they were not applied; ErrUnknownOutcome, that they may have been: no answer came before ctx or
-// the lock ended, or the key was gone when it did. Any other error is the reason why they were not applied; one from
-// ctx then means that nothing was sent.
+// ErrLockLost and ErrClosed say that they were not applied; ErrUnknownOutcome, that they may have been: no answer came before
+// ctx or the lock ended or [RetryPolicy] gave up, or the key was gone when it did. Any other error, also one from ctx, is the
+// reason why they were not applied.
 //
 // Commits of one lock are serialised. ops are 127 at most, possibly none, and must not write the lock's own key. After
 // the parent's end Commit still works, until Close or until the lease runs out: winding down may need to save its state.
@@ -895,6 +894,11 @@ func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Co
 	}
 	if lost := l.lost(); lost != nil {
 		return 0, lost
+	}
+	if elapsed := c.retry.withDefaults().Elapsed; elapsed > 0 { // all that follows is one call
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeoutCause(ctx, elapsed, fmt.Errorf("etcdutil: gave up after %v", elapsed))
+		defer stop()
 	}
 	held, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -1443,3 +1443,106 @@ func installedEtcdctl(t *testing.T) string {
 	}
 	return filepath.Join(dir, "etcdctl")
 }
+
+// A lease is a context, and so may be its lock's parent.
+func TestLockWhoseParentIsItsLeaseIsLostWithIt(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	for want, end := range map[error]func(*Lease){
+		ErrClosed:       func(l *Lease) { _ = l.Close() },
+		ErrLeaseExpired: func(*Lease) {}, // it is never renewed
+		ErrLeaseRevoked: func(l *Lease) { _, _ = client.Revoke(t.Context(), l.ID()) },
+	} {
+		lease := mustLease(t, client, 2*time.Second, WithMaxKeepAlives(0))
+		lock, err := Acquire(lease, client, nameOf(t)+want.Error(), WithLease(lease))
+		require.NoError(t, err)
+		writer, err := NewLogWriter[string](t.Context(), lock, nameOf(t)+"/log")
+		require.NoError(t, err)
+		end(lease)
+		for _, ctx := range []context.Context{lock, writer} {
+			within(t, 5*time.Second, ctx.Done(), "it ends")
+			require.ErrorIs(t, context.Cause(ctx), ErrLockLost)
+			require.ErrorIs(t, context.Cause(ctx), want)
+		}
+		require.Equal(t, context.Cause(lock), lock.Close())
+	}
+}
+
+func TestWaiterKeepsItsPlaceThoughItsPolicyIsDefiniteOnly(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	holder := mustAcquire(t, testCluster.Client(t), nameOf(t))
+	waiter := start(func() (*Lock, error) {
+		return Acquire(t.Context(), client, nameOf(t), WithTTL(time.Minute),
+			WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: 200 * time.Millisecond}))
+	})
+	waiters(t, testCluster.Client(t), nameOf(t), 2)
+	link.Cut()
+	sleep(t.Context(), relook+relook/2+time.Second) // in which it looks again, and its reads time out
+	link.Heal()
+	require.NoError(t, holder.Close())
+	within(t, 15*time.Second, waiter.done, "its turn comes")
+	require.NoError(t, waiter.err)
+	require.NoError(t, waiter.v.Close())
+}
+
+func TestCommitThatIsNotRepeatedIsStillReadBack(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	lock := mustAcquire(t, client, nameOf(t), WithTTL(time.Minute),
+		WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: 300 * time.Millisecond}))
+	link.DropReplies()
+	committing := start(func() (Revision, error) { return lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")) })
+	sleep(t.Context(), time.Second) // in which it times out, and so does a read
+	link.Heal()
+	within(t, 15*time.Second, committing.done, "it returns")
+	require.NoError(t, committing.err)
+}
+
+func TestElapsedBoundsAllThatACommitOrWriteDoes(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	lock := mustAcquire(t, client, nameOf(t), WithTTL(time.Minute),
+		WithRetryPolicy(RetryPolicy{Elapsed: 2 * time.Second, AttemptTimeout: 500 * time.Millisecond}))
+	log, err := NewLogWriter[string](t.Context(), lock, nameOf(t)+"/log")
+	require.NoError(t, err)
+	link.Cut()
+	for range 2 { // the second one has the first one's outcome to find out
+		for _, call := range []func() error{
+			func() error { _, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")); return err },
+			func() error { _, err := log.Write(t.Context(), ""); return err },
+		} {
+			begin := time.Now()
+			require.Error(t, call())
+			require.Less(t, time.Since(begin), 3500*time.Millisecond)
+		}
+	}
+	link.Heal()
+}
+
+func TestLostLockGivesItsKeyBackToItsLease(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, 10*time.Second)
+	inUse := func() int {
+		lease.mu.Lock()
+		defer lease.mu.Unlock()
+		return len(lease.keys)
+	}
+	for range 10 {
+		lock := mustAcquire(t, client, nameOf(t), WithLease(lease))
+		_, err := client.Delete(t.Context(), lock.Key())
+		require.NoError(t, err)
+		<-lock.Done()
+		require.ErrorIs(t, lock.Close(), ErrLockLost)
+	}
+	eventually(t, func() bool { return inUse() == 0 }, "every key is given back")
+
+	lock := mustAcquire(t, client, nameOf(t), WithLease(lease))
+	_, err := client.Put(t.Context(), lock.Key(), "of somebody who has taken the lease from it")
+	require.NoError(t, err)
+	_, err = lock.Commit(t.Context())
+	require.ErrorIs(t, err, ErrLockLost)
+	require.ErrorIs(t, lock.Close(), ErrLockLost)
+	eventually(t, func() bool { return len(keys(t, client, nameOf(t))) == 0 }, "it is not left behind")
+}

@@ -133,7 +133,7 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 
 // read returns the last entry, nil if there is none.
 func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := retry(ctx, &w.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := query(ctx, &w.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return w.config.client.Get(ctx, w.name)
 	})
 	if err != nil {
@@ -339,7 +339,7 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 
 func watchLog[T any](ctx context.Context, name string, c *logConfig) (*Watcher[T], error) {
 	if c.every != nil && *c.every == 0 {
-		resp, err := retry(ctx, &c.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := query(ctx, &c.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
 			return c.client.Get(ctx, name, clientv3.WithKeysOnly())
 		})
 		if err != nil {

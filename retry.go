@@ -25,7 +25,8 @@ type RetryPolicy struct {
 	Elapsed time.Duration
 	// AttemptTimeout bounds one attempt; 0 means 5 s.
 	AttemptTimeout time.Duration
-	// DefiniteOnly says not to retry what may have been applied ([IsAmbiguous]).
+	// DefiniteOnly says not to retry what may have been applied ([IsAmbiguous]). It is meant for [Retry]: what else this package
+	// writes is guarded or idempotent. What it reads is retried all the same.
 	DefiniteOnly bool
 }
 
@@ -77,7 +78,7 @@ func (p RetryPolicy) backoff(failed int) time.Duration {
 type RetryOption interface{ applyRetry(*config) }
 
 // Retry calls op until it succeeds or fails for good, that is with an error that is not [IsTransient]. Each call has a
-// context of its own, which ends with ctx and after RetryPolicy.AttemptTimeout; a call that ran into that timeout is
+// context of its own, which ends with ctx and after RetryPolicy.AttemptTimeout; a call that failed by that timeout is
 // tried again. The error wraps op's last one, and context.Cause(ctx) if ctx ended it. op is not called if ctx has
 // already ended. Retry waits for op: it returns in time if op minds its context.
 //
@@ -99,6 +100,13 @@ func Retry[T any](ctx context.Context, op func(ctx context.Context) (T, error), 
 		return zero, err
 	}
 	return retry(ctx, &c, op)
+}
+
+// query retries what only reads, which a policy that is DefiniteOnly does not forbid.
+func query[T any](ctx context.Context, c *config, op func(ctx context.Context) (T, error)) (T, error) {
+	reading := *c
+	reading.retry.DefiniteOnly = false
+	return retry(ctx, &reading, op)
 }
 
 func retry[T any](ctx context.Context, c *config, op func(ctx context.Context) (T, error)) (T, error) {
@@ -163,7 +171,7 @@ func try[T any](ctx context.Context, timeout time.Duration, op func(ctx context.
 	attempt, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	v, err = op(attempt)
-	return v, err != nil && attempt.Err() != nil, err
+	return v, isContextEnd(err) && attempt.Err() != nil, err
 }
 
 func (p RetryPolicy) again(err error, timedOut bool) bool {

@@ -270,3 +270,15 @@ func TestRetryLogsOncePerOutage(t *testing.T) {
 		require.Equal(t, 1, strings.Count(lines.String(), "\n"), lines.String())
 	})
 }
+
+func TestRetryDoesNotRepeatWhatFailedForGoodAfterTheTimeout(t *testing.T) {
+	permanent := errors.New("permanent")
+	calls := 0
+	_, err := Retry(t.Context(), func(ctx context.Context) (int, error) {
+		calls++
+		<-ctx.Done()
+		return 0, permanent
+	}, WithRetryPolicy(RetryPolicy{AttemptTimeout: 10 * time.Millisecond}))
+	require.Equal(t, permanent, err)
+	require.Equal(t, 1, calls)
+}

@@ -470,7 +470,7 @@ type feed struct {
 
 func newFeed(ctx context.Context, key string, c *watchConfig) *feed {
 	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue(), patience: silence, standing: make(chan error, 1)}
-	f.retry.Elapsed, f.retry.Attempts, f.retry.DefiniteOnly = -1, 0, false
+	f.retry.Elapsed, f.retry.Attempts = -1, 0
 	if c.snapshot {
 		f.view, f.listing = newView(c.prev), true
 	}
@@ -551,7 +551,7 @@ func (f *feed) lookAround(away bool) error {
 	if _, err := f.look(&f.config, 0); err != nil || !away || f.last == nil {
 		return err
 	}
-	resp, err := retry(clientv3.WithRequireLeader(f.ctx), &f.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := query(clientv3.WithRequireLeader(f.ctx), &f.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return f.client.Get(ctx, string(f.last.Key), clientv3.WithRev(f.last.ModRevision))
 	})
 	switch {
@@ -584,7 +584,7 @@ func (f *feed) get(c *config, from string, opts ...clientv3.OpOption) (*clientv3
 	if f.prefix {
 		opts = append(opts, clientv3.WithRange(clientv3.GetPrefixRangeEnd(f.key)))
 	}
-	return retry(clientv3.WithRequireLeader(f.ctx), c, func(ctx context.Context) (*clientv3.GetResponse, error) {
+	return query(clientv3.WithRequireLeader(f.ctx), c, func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return f.client.Get(ctx, from, opts...)
 	})
 }
