@@ -17,7 +17,7 @@ import (
 // mustRecv expects a value at once.
 func mustRecv[T any](t testing.TB, r *Receiver[T], want T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	v, err := r.Recv(ctx)
 	require.NoError(t, err)
