@@ -31,10 +31,15 @@ type door struct {
 	conns    []net.Conn
 }
 
+// doors counts the ports, from a random one on: the port of a door that is shut is none that another door finds free.
+var doors atomic.Int64
+
+func init() { doors.Store(rand.Int64N(10_000)) }
+
 func openDoor(t *testing.T, to string) *door {
 	d := &door{t: t, to: to}
 	eventually(t, func() bool {
-		d.addr = fmt.Sprintf("127.0.0.1:%d", 20_000+rand.N(10_000))
+		d.addr = fmt.Sprintf("127.0.0.1:%d", 20_000+doors.Add(1)%10_000)
 		return d.listen() == nil
 	}, "a free port")
 	t.Cleanup(d.shut)
@@ -48,26 +53,38 @@ func (d *door) listen() error {
 	if err != nil {
 		return err
 	}
+	d.mu.Lock()
 	d.listener = listener
+	d.mu.Unlock()
+	endpoint := d.to
 	go func() { // until shut
 		for {
 			from, err := listener.Accept()
 			if err != nil {
 				return
 			}
-			to, err := net.Dial("tcp", d.to)
-			if err != nil {
-				_ = from.Close()
-				continue
-			}
-			d.mu.Lock()
-			d.conns = append(d.conns, from, to)
-			d.mu.Unlock()
-			go func() { _, _ = io.Copy(to, from) }()
-			go func() { _, _ = io.Copy(from, to) }()
+			d.pass(listener, from, endpoint)
 		}
 	}()
 	return nil
+}
+
+// pass passes a connection on that has come from listener, unless the door was shut meanwhile.
+func (d *door) pass(listener net.Listener, from net.Conn, endpoint string) {
+	to, err := net.Dial("tcp", endpoint)
+	if err != nil {
+		_ = from.Close()
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.listener != listener {
+		_, _ = from.Close(), to.Close()
+		return
+	}
+	d.conns = append(d.conns, from, to)
+	go func() { _, _ = io.Copy(to, from) }()
+	go func() { _, _ = io.Copy(from, to) }()
 }
 
 func (d *door) connected() bool {
@@ -77,9 +94,12 @@ func (d *door) connected() bool {
 }
 
 func (d *door) shut() {
-	_ = d.listener.Close()
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.listener != nil {
+		_ = d.listener.Close()
+	}
+	d.listener = nil
 	for _, c := range d.conns {
 		_ = c.Close()
 	}
@@ -114,9 +134,13 @@ func countingClient(t *testing.T) (*clientv3.Client, *atomic.Int64) {
 // interceptedClient is a real client of testCluster, with a fault between it and its connection.
 func interceptedClient(t *testing.T, fault grpc.UnaryClientInterceptor) *clientv3.Client {
 	t.Helper()
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: testCluster.Endpoints(), Logger: zap.NewNop(), DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(fault)},
-	})
+	return newClientWith(t, grpc.WithChainUnaryInterceptor(fault))
+}
+
+// newClientWith is a client of testCluster with options for its connection.
+func newClientWith(t *testing.T, opts ...grpc.DialOption) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{Endpoints: testCluster.Endpoints(), Logger: zap.NewNop(), DialOptions: opts})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = client.Close() })
 	return client
