@@ -66,7 +66,7 @@ func ExampleLease_Expiry() {
 	}
 	defer lease.Close()
 
-	fmt.Println("a second of margin:", lease.Expiry().Sub(before).Round(time.Second) == 9*time.Second)
+	fmt.Println("a second of margin:", lease.Expiry().Sub(before).Truncate(time.Second) == 9*time.Second)
 	// Output: a second of margin: true
 }
 
@@ -130,7 +130,7 @@ func ExampleWithExpiryMargin() {
 	}
 	defer lease.Close()
 
-	fmt.Println("four seconds of margin:", lease.Expiry().Sub(before).Round(time.Second) == 6*time.Second)
+	fmt.Println("four seconds of margin:", lease.Expiry().Sub(before).Truncate(time.Second) == 6*time.Second)
 	// Output: four seconds of margin: true
 }
 
