@@ -107,7 +107,7 @@ func TestEachEndOfALeaseHasItsOwnCause(t *testing.T) {
 
 func TestRenewalsAreCountedFromOneToTheLast(t *testing.T) {
 	t.Parallel()
-	var renewals sentRenewals
+	var renewals answeredRenewals
 	client := newClientWith(t, grpc.WithChainStreamInterceptor(renewals.intercept))
 	lease := mustLease(t, client, 4*time.Second, WithMaxKeepAlives(2), WithKeepAliveInterval(100*time.Millisecond))
 	first := lease.Expiry()
@@ -117,10 +117,10 @@ func TestRenewalsAreCountedFromOneToTheLast(t *testing.T) {
 	require.Greater(t, lease.Expiry().Sub(first), 190*time.Millisecond, "two renewals, 100 ms apart")
 }
 
-// sentRenewals counts the renewals that a client sends.
-type sentRenewals struct{ n atomic.Int64 }
+// answeredRenewals counts the renewals of a client that are answered: one that is answered late is sent again.
+type answeredRenewals struct{ n atomic.Int64 }
 
-func (r *sentRenewals) intercept(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+func (r *answeredRenewals) intercept(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	stream, err := streamer(ctx, desc, cc, method, opts...)
 	if err != nil || !strings.HasSuffix(method, "/LeaseKeepAlive") {
 		return stream, err
@@ -130,12 +130,15 @@ func (r *sentRenewals) intercept(ctx context.Context, desc *grpc.StreamDesc, cc 
 
 type countedStream struct {
 	grpc.ClientStream
-	sent *atomic.Int64
+	answers *atomic.Int64
 }
 
-func (s countedStream) SendMsg(m any) error {
-	s.sent.Add(1)
-	return s.ClientStream.SendMsg(m)
+func (s countedStream) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	if err == nil {
+		s.answers.Add(1)
+	}
+	return err
 }
 
 func TestLeaseOptionsOutOfBoundsAreRefusedByName(t *testing.T) {

@@ -243,7 +243,7 @@ func (c *child) stop() (err error) {
 		_ = c.input.Close()
 		select {
 		case <-c.ended:
-		case <-time.After(15 * time.Second):
+		case <-time.After(time.Minute): // by then it is not slow, but stuck
 			_ = c.command.Process.Kill()
 		}
 		if waitErr := c.command.Wait(); waitErr != nil {

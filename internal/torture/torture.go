@@ -164,6 +164,11 @@ func (t *torture) startWorkloads() {
 // liveness is how long after the faults everybody may take to be served. It counts the time in which this process got to run.
 const liveness = 15 * time.Second
 
+const (
+	slowness = 3               // how often stalls count
+	overdue  = 2 * time.Minute // no slowness explains that
+)
+
 // settle waits until every waiter has had the lock once more, and every watcher has caught up.
 func (t *torture) settle(r *report) error {
 	t.settling.Store(true)
@@ -190,10 +195,14 @@ func (t *torture) settle(r *report) error {
 	return nil
 }
 
-// ran is for how long this process has got to run since then.
+// ran is for how long this process has got to run since then. A process that is stalled is slow between its stalls as well, which
+// the pulse does not see, so that they count more than once; when it is overdue, they are no excuse any more.
 func (t *torture) ran(since time.Duration) time.Duration {
 	now := t.now()
-	return now - since - within(t.pulse.all(), since, now)
+	if now-since > overdue {
+		return now - since
+	}
+	return now - since - slowness*within(t.pulse.all(), since, now)
 }
 
 // revision is etcd's current one.
@@ -262,7 +271,7 @@ func (t *torture) stopWorkloads() {
 func (t *torture) atEnd(f func()) { t.atEnds = append(t.atEnds, f) }
 
 func (t *torture) check(r *report) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	t.checkHoldings(r)
 	if r.fenced, err = t.checkElements(ctx, fencedSet); err != nil {
