@@ -82,7 +82,8 @@ func WithTTL(ttl time.Duration) LockOption {
 
 // WithLease has the lock held by this lease, which any number of locks may share: two locks of one name on one lease
 // exclude each other like any others. Closing the lock leaves the lease alive; closing or losing the lease loses the
-// lock. A lock that is not closed, though its parent has ended, blocks others for as long as the lease lives. A lease that is nil or has ended is refused, and so is any option about the lock's own lease.
+// lock. A lock that is not closed, though its parent has ended, blocks others for as long as the lease lives. A lease that is
+// nil or has ended is refused, and so is any option about the lock's own lease.
 func WithLease(lease *Lease) LockOption {
 	return lockOption(func(c *lockConfig) { c.lease, c.shared = lease, true })
 }
