@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"example.com/etcdutil/etcdtest"
+	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -1504,52 +1505,54 @@ func TestLockWhoseParentIsItsLeaseIsLostWithIt(t *testing.T) {
 
 func TestWaiterKeepsItsPlaceThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	t.Parallel()
+	const attempt = 3 * time.Second // enough to queue up in, however slow the machine
 	client, link := linkedClient(t)
 	holder := mustAcquire(t, testCluster.Client(t), nameOf(t))
 	waiter := start(func() (*Lock, error) {
 		return Acquire(t.Context(), client, nameOf(t), WithTTL(time.Minute),
-			WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: 200 * time.Millisecond}))
+			WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: attempt}))
 	})
 	waiters(t, testCluster.Client(t), nameOf(t), 2)
 	link.Cut()
-	sleep(t.Context(), relook+relook/2+time.Second) // in which it looks again, and its reads time out
+	sleep(t.Context(), relook+relook/2+attempt+time.Second) // in which it looks again, and a read times out
 	link.Heal()
 	require.NoError(t, holder.Close())
-	within(t, 15*time.Second, waiter.done, "its turn comes")
+	within(t, patience, waiter.done, "its turn comes")
 	require.NoError(t, waiter.err)
 	require.NoError(t, waiter.v.Close())
 }
 
 func TestCommitThatIsNotRepeatedIsStillReadBack(t *testing.T) {
 	t.Parallel()
+	const attempt = 3 * time.Second // enough to acquire in, however slow the machine
 	client, link := linkedClient(t)
 	lock := mustAcquire(t, client, nameOf(t), WithTTL(time.Minute),
-		WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: 300 * time.Millisecond}))
+		WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: attempt}))
 	link.DropReplies()
 	committing := start(func() (Revision, error) { return lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")) })
-	sleep(t.Context(), time.Second) // in which it times out, and so does a read
+	sleep(t.Context(), 2*attempt+time.Second) // in which it times out, and so does a read
 	link.Heal()
-	within(t, 15*time.Second, committing.done, "it returns")
+	within(t, patience, committing.done, "it returns")
 	require.NoError(t, committing.err)
 }
 
 func TestElapsedBoundsAllThatACommitOrWriteDoes(t *testing.T) {
 	t.Parallel()
+	const elapsed = 4 * time.Second
 	client, link := linkedClient(t)
-	lock := mustAcquire(t, client, nameOf(t), WithTTL(time.Minute),
-		WithRetryPolicy(RetryPolicy{Elapsed: 2 * time.Second, AttemptTimeout: 500 * time.Millisecond}))
+	lease := mustLease(t, client, time.Minute)
+	lock := mustAcquire(t, client, nameOf(t), WithLease(lease),
+		WithRetryPolicy(RetryPolicy{Elapsed: elapsed, AttemptTimeout: elapsed / 4}))
 	log, err := NewLogWriter[string](t.Context(), lock, nameOf(t)+"/log")
 	require.NoError(t, err)
 	link.Cut()
-	for range 2 { // the second one has the first one's outcome to find out
-		for _, call := range []func() error{
-			func() error { _, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")); return err },
-			func() error { _, err := log.Write(t.Context(), ""); return err },
-		} {
-			begin := time.Now()
-			require.Error(t, call())
-			require.Less(t, time.Since(begin), 3500*time.Millisecond)
-		}
+	for _, call := range []func() error{
+		func() error { _, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")); return err },
+		func() error { _, err := log.Write(t.Context(), ""); return err }, // which has that outcome to find out first
+	} {
+		took := testclock.Time(func() { err = call() })
+		require.Error(t, err)
+		require.Less(t, took, elapsed+elapsed/2)
 	}
 	link.Heal()
 }
