@@ -42,7 +42,7 @@ type Lease struct {
 	refusal  error // why the server will not renew it
 	renew    *time.Timer
 	expire   *time.Timer
-	keys     map[string]*Lock // by the keys that they use
+	keys     map[string]*Lock // the keys in use, and by which lock; nil if that has ended
 	locks    int64            // that it has held
 
 	// stream and left are guarded by keepAlives, renewing by stream.mu.
@@ -328,7 +328,7 @@ func (l *Lease) takeKey(lock *Lock) {
 	}
 	l.locks++
 	lock.key = l.keyOf(lock.name, l.locks%nonces)
-	if l.keys[lock.key] != nil {
+	if _, used := l.keys[lock.key]; used {
 		lock.key = l.keyOf(lock.name, l.locks+nonces) // which was never used before
 	}
 	l.keys[lock.key] = lock
@@ -340,12 +340,21 @@ func (l *Lease) loseLocks(cause error) {
 	locks := slices.Collect(maps.Values(l.keys))
 	l.mu.Unlock()
 	for _, lock := range locks {
-		lock.lose(cause)
+		if lock != nil {
+			lock.lose(cause)
+		}
 	}
 }
 
 func (l *Lease) keyOf(name string, nonce int64) string {
 	return prefix(name) + strconv.FormatInt(int64(l.id), 16) + "-" + strconv.FormatInt(nonce, 16)
+}
+
+// letGo forgets a lock that has ended, but not its key, which may still be there.
+func (l *Lease) letGo(lock *Lock) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.keys[lock.key] = nil
 }
 
 // giveKey returns a key that is gone and cannot come back.

@@ -754,6 +754,7 @@ func (l *Lock) release() error {
 // stop ends what the lock has started. Its context has ended.
 func (l *Lock) stop() {
 	l.unhook()
+	l.lease.letGo(l)
 	if l.watch != nil && l.watch.Stop() {
 		l.watching.Done()
 	}
