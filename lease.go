@@ -341,7 +341,7 @@ func (l *Lease) loseLocks(cause error) {
 	l.mu.Unlock()
 	for _, lock := range locks {
 		if lock != nil {
-			lock.lose(cause)
+			lock.loseQuietly(cause)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -35,9 +36,10 @@ type Lock struct {
 	key     string
 	value   string
 	lease   *Lease
-	shared  bool     // the lease is not the lock's own
-	token   Revision // 0 until the key is known to be written
-	doubt   bool     // the key may have been written, or may yet be, without our being told
+	shared  bool        // the lease is not the lock's own
+	token   Revision    // 0 until the key is known to be written
+	doubt   bool        // the key may have been written, or may yet be, without our being told
+	logged  atomic.Bool // that it was lost
 
 	closing  sync.Once
 	closeErr error
@@ -293,7 +295,7 @@ func (l *Lock) take(c *lockConfig, start time.Time, get func(l *Lock, ctx contex
 }
 
 // leaseEnded ends the lock's context with its lease's, whose parent has ended: it is still held until the lease runs out. One
-// that is lost or closed has taken its locks with it, unless they were only being made.
+// that is lost or closed has taken its locks with it, unless they were only being made, but has not logged that.
 func (l *Lock) leaseEnded() {
 	if cause := context.Cause(l.lease.held); cause != nil {
 		l.lose(cause)
@@ -302,15 +304,21 @@ func (l *Lock) leaseEnded() {
 	l.end(context.Cause(l.lease.ctx))
 }
 
-// lose ends the lock, because of its lease if cause is not nil, else because its key is gone.
+// lose ends the lock, because of its lease if cause is not nil, else because its key is gone, and logs that. A logger may block:
+// whoever ends several locks ends them all before.
 func (l *Lock) lose(cause error) {
-	lost := fmt.Errorf("%w: the key of %q was deleted", ErrLockLost, l.name)
-	if cause != nil {
-		lost = fmt.Errorf("%w: %q: %w", ErrLockLost, l.name, cause)
-	}
-	if l.finish(lost) {
+	l.loseQuietly(cause)
+	if lost := context.Cause(l.held); errors.Is(lost, ErrLockLost) && l.logged.CompareAndSwap(false, true) {
 		l.config.logger.Warn("etcdutil: lock lost", "name", l.name, "cause", lost)
 	}
+}
+
+func (l *Lock) loseQuietly(cause error) {
+	if cause == nil {
+		l.finish(fmt.Errorf("%w: the key of %q was deleted", ErrLockLost, l.name))
+		return
+	}
+	l.finish(fmt.Errorf("%w: %q: %w", ErrLockLost, l.name, cause))
 }
 
 // lost is why the lock is no longer surely held: lost or closed, even if what is to say so is late. It is nil while the
@@ -888,6 +896,11 @@ const lastAnswer = 200 * time.Millisecond
 // exclusively runs a transaction under the lock: alone, with nothing left that an earlier one has sent and that may yet be
 // applied, and in a context that ends soon after the lock is lost.
 func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Context) (Revision, error)) (Revision, error) {
+	if elapsed := c.retry.withDefaults().Elapsed; elapsed > 0 { // all of this is one call
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeoutCause(ctx, elapsed, fmt.Errorf("etcdutil: gave up after %v", elapsed))
+		defer stop()
+	}
 	select {
 	case l.committing <- struct{}{}:
 		defer func() { <-l.committing }()
@@ -896,11 +909,6 @@ func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Co
 	}
 	if lost := l.lost(); lost != nil {
 		return 0, lost
-	}
-	if elapsed := c.retry.withDefaults().Elapsed; elapsed > 0 { // all that follows is one call
-		var stop context.CancelFunc
-		ctx, stop = context.WithTimeoutCause(ctx, elapsed, fmt.Errorf("etcdutil: gave up after %v", elapsed))
-		defer stop()
 	}
 	held, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -1582,4 +1583,37 @@ func TestLostLockGivesItsKeyBackToItsLease(t *testing.T) {
 	require.ErrorIs(t, err, ErrLockLost)
 	require.ErrorIs(t, lock.Close(), ErrLockLost)
 	eventually(t, func() bool { return len(keys(t, client, nameOf(t))) == 0 }, "it is not left behind")
+}
+
+// blockingHandler is a logger that blocks, as one does that writes to a full pipe.
+type blockingHandler struct {
+	slog.Handler
+	until <-chan struct{}
+}
+
+func (h blockingHandler) Enabled(_ context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn
+}
+
+func (h blockingHandler) Handle(context.Context, slog.Record) error {
+	<-h.until
+	return nil
+}
+
+func TestLoggerThatBlocksKeepsNoLockAlive(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	until := make(chan struct{})
+	defer close(until)
+	logger := WithLogger(slog.New(blockingHandler{slog.DiscardHandler, until}))
+	lease := mustLease(t, client, 2*time.Second, WithMaxKeepAlives(0))
+	locks := make([]*Lock, 3)
+	for i := range locks {
+		locks[i] = mustAcquire(t, client, fmt.Sprint(nameOf(t), i), WithLease(lease), logger)
+	}
+	within(t, 2*time.Second, lease.Done(), "the lease runs out")
+	for _, lock := range locks {
+		require.Error(t, lock.Err(), "ended before its lease")
+		require.ErrorIs(t, context.Cause(lock), ErrLeaseExpired)
+	}
 }

@@ -208,8 +208,8 @@ func (c *watchConfig) validate(key string) error {
 // watcher ends with ErrGap after the last change before the gap. With it the state is followed through both.
 //
 // A reader may be slow: a few megabytes are read ahead. Then the watch is put off until the reader has read them, so that it
-// can be overtaken by compaction. A client whose Watcher is wrapped (client/v3/namespace) in addition reads at once what etcd
-// sends at once to a watch that is behind, which is what up to a thousand revisions have changed.
+// can be overtaken by compaction. Where the client's Watcher is wrapped (client/v3/namespace), what up to a thousand revisions have
+// changed is read at once by a watch that is behind, and a watch that was reset may leave a stream open until the client is closed.
 //
 // Errors: what etcd answered, when [RetryPolicy] has given up, which counts for this call alone; ErrGap if WithRevision was
 // compacted; rpctypes.ErrPermissionDenied, which also ends a watcher that resumes. A watcher notices that its connection
@@ -532,7 +532,7 @@ func (f *feed) look(c *config, at Revision) (Revision, error) {
 	if err != nil {
 		return 0, err
 	}
-	return resp.Header.Revision, f.recognise(resp)
+	return resp.Header.Revision, f.recognise(resp.Header)
 }
 
 // note keeps the newest change that was queued.
@@ -545,24 +545,33 @@ func (f *feed) note(kv *mvccpb.KeyValue) {
 // lookAround finds out whether etcd is what it was, before it is watched again. An etcd that was restored, and has been written
 // so much since that its revision says nothing, has another history at the newest change, if one was told.
 //
-// away says that it may have been restored. It is not asked for nothing: gRPC takes its connections in turn, so that a watch
-// between two reads would get the same of three members every time.
-func (f *feed) lookAround(away bool) error {
-	if _, err := f.look(&f.config, 0); err != nil || !away || f.last == nil {
+// It is one request, because gRPC takes its connections in turn: between two the watch would get the same of three members
+// every time.
+func (f *feed) lookAround() error {
+	if f.last == nil {
+		_, err := f.look(&f.config, 0)
 		return err
 	}
-	resp, err := query(clientv3.WithRequireLeader(f.ctx), &f.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return f.client.Get(ctx, string(f.last.Key), clientv3.WithRev(f.last.ModRevision))
+	resp, err := query(clientv3.WithRequireLeader(f.ctx), &f.config, func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		return f.client.Txn(ctx).Then(
+			f.watched(f.key, clientv3.WithLimit(1), clientv3.WithKeysOnly()),
+			clientv3.OpGet(string(f.last.Key), clientv3.WithRev(f.last.ModRevision)),
+		).Commit()
 	})
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted): // it cannot be told
-		return nil
-	case errors.Is(err, rpctypes.ErrFutureRev): // it was restored just now
+		f.last = nil
+		return f.lookAround()
+	case errors.Is(err, rpctypes.ErrFutureRev):
 		return errRestored
 	case err != nil:
 		return err
 	}
-	if deleted := f.last.Version == 0; deleted && len(resp.Kvs) > 0 || !deleted && !sameChange(first(resp.Kvs), f.last) {
+	if err := f.recognise(resp.Header); err != nil {
+		return err
+	}
+	now := first(resp.Responses[1].GetResponseRange().Kvs)
+	if deleted := f.last.Version == 0; deleted && now != nil || !deleted && !sameChange(now, f.last) {
 		return errRestored
 	}
 	return nil
@@ -581,21 +590,27 @@ func isTooLarge(err error) bool {
 
 // get reads what is watched, from a key on. It needs a leader, so that a member which is cut off from the quorum is left.
 func (f *feed) get(c *config, from string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	return query(clientv3.WithRequireLeader(f.ctx), c, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := f.client.Do(ctx, f.watched(from, opts...))
+		return resp.Get(), err
+	})
+}
+
+// watched reads what is watched, from a key on.
+func (f *feed) watched(from string, opts ...clientv3.OpOption) clientv3.Op {
 	if f.prefix {
 		opts = append(opts, clientv3.WithRange(clientv3.GetPrefixRangeEnd(f.key)))
 	}
-	return query(clientv3.WithRequireLeader(f.ctx), c, func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return f.client.Get(ctx, from, opts...)
-	})
+	return clientv3.OpGet(from, opts...)
 }
 
 // errRestored says that etcd has gone back to an older state.
 var errRestored = errors.New("etcdutil: etcd's revision went backwards: it was restored")
 
 // recognise notes what etcd answered, and finds out whether it is what it was.
-func (f *feed) recognise(resp *clientv3.GetResponse) error {
+func (f *feed) recognise(header *etcdserverpb.ResponseHeader) error {
 	seen, cluster := f.seen, f.cluster
-	f.seen, f.cluster = resp.Header.Revision, resp.Header.ClusterId
+	f.seen, f.cluster = header.Revision, header.ClusterId
 	if f.seen < seen || cluster != 0 && f.cluster != cluster {
 		return errRestored
 	}
@@ -641,7 +656,7 @@ func (f *feed) pump() error {
 		}
 		sleep(f.ctx, f.retry.withDefaults().backoff(failed))
 		if !errors.Is(err, rpctypes.ErrCompacted) {
-			err = f.lookAround(errors.Is(err, errBroken) || errors.Is(err, errAhead))
+			err = f.lookAround()
 		}
 		if err := f.resumable(err); err != nil {
 			return err
@@ -909,12 +924,14 @@ func (f *feed) changeOf(e *clientv3.Event) change {
 
 // list queues the difference between what was told and what there is.
 func (f *feed) list() error {
-	for {
-		err := f.listOnce()
+	for broken := 0; ; {
+		err := f.listOnce(broken < maxRelists)
 		switch {
 		case err == nil:
 			f.listing = false
 			return nil
+		case errors.Is(err, errBroken):
+			broken++
 		case errors.Is(err, errRestored), errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev): // by a restore
 			sleep(f.ctx, f.retry.withDefaults().backoff(1))
 		default:
@@ -923,20 +940,33 @@ func (f *feed) list() error {
 	}
 }
 
+// maxRelists is how often a list is made anew because the connection broke. It may break faster than a list is made.
+const maxRelists = 3
+
 // listOnce lists page by page, all at the revision of the first, and waits for the reader between them.
-func (f *feed) listOnce() error {
+//
+// If strict, it ends with errBroken if the connection broke between the first page and the last: etcd may have been restored, and
+// been written past the list's revision, so that the pages are of two histories.
+func (f *feed) listOnce(strict bool) error {
 	f.view.begin()
 	f.last = nil
+	unbroken, cancel := context.WithCancelCause(f.ctx)
+	defer cancel(nil)
 	var rev Revision
 	for from, limit := f.key, int64(minPage); from != ""; {
 		resp, err := f.get(&f.config, from, clientv3.WithRev(rev), clientv3.WithLimit(limit))
+		if isTooLarge(err) && limit > 1 {
+			limit = max(limit/8, 1)
+			continue
+		}
 		if err != nil {
 			return err
 		}
-		err = f.recognise(resp)
+		err = f.recognise(resp.Header)
 		switch {
 		case rev == 0: // it begins with whatever etcd this is
 			rev = resp.Header.Revision
+			go f.awaitBroken(unbroken, cancel) // until the list is made
 		case err != nil:
 			return err
 		}
@@ -952,6 +982,9 @@ func (f *feed) listOnce() error {
 			from = string(resp.Kvs[len(resp.Kvs)-1].Key) + "\x00"
 		}
 	}
+	if strict && context.Cause(unbroken) == errBroken {
+		return errBroken
+	}
 	f.queue.push(append(f.view.gone(rev), change{kind: EventSynced, upTo: rev})...)
 	f.next = rev + 1
 	return nil
@@ -959,7 +992,7 @@ func (f *feed) listOnce() error {
 
 const (
 	minPage   = 2 // keys, which may have a megabyte and a half each
-	maxPage   = 10_000
+	maxPage   = 1000
 	pageBytes = 1 << 20
 )
 

@@ -1427,6 +1427,86 @@ func TestWatchNoticesARestoreWhileItsReaderIsBehind(t *testing.T) {
 	}
 }
 
+// While a connection is dead that nobody has closed, a watch ends because it is silent, and not because the connection broke.
+func TestWatchNoticesARestoreBehindAConnectionThatWasSilent(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, prefix := cluster.Client(t), nameOf(t)+"/"
+	require.NoError(t, cluster.Backup())
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, link.Endpoint())
+	follower := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+	plain := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw))
+	told := state{}
+	first, _ := untilSynced(t, follower)
+	told.apply(first...)
+	for i := range 5 {
+		mustPut(t, writer, fmt.Sprint(prefix, "before-", i), "")
+		told.apply(next(t, follower))
+		_ = next(t, plain)
+	}
+	link.Cut()
+	sleep(t.Context(), 2*silence+2*time.Second)
+	require.NoError(t, cluster.Restore())
+	direct := cluster.Client(t)
+	for i := range 20 {
+		mustPut(t, direct, fmt.Sprint(prefix, "after-", i), "")
+	}
+	link.Heal()
+	difference, _ := untilSynced(t, follower)
+	told.apply(difference...)
+	require.Equal(t, stateOf(t, direct, prefix), told)
+	events, cause := ends(t, plain)
+	require.Empty(t, events)
+	require.ErrorIs(t, cause, ErrGap)
+}
+
+func TestWatchNoticesARestoreWhileAListWaitsForItsReader(t *testing.T) {
+	t.Parallel()
+	const keys = 1500
+	cluster := etcdtest.Start(t, 1)
+	prefix := nameOf(t) + "/"
+	key := func(i int) string { return fmt.Sprintf("%s%04d", prefix, i) }
+	for i := range keys {
+		mustPut(t, cluster.Client(t), key(i), strings.Repeat("x", 10_000))
+	}
+	require.NoError(t, cluster.Backup())
+	writer := cluster.Client(t)
+	for i := range 50 {
+		mustPut(t, writer, key(i), "lost")
+	}
+	w := mustWatch[string](t, cluster.Client(t), prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+	told := state{}
+	told.apply(next(t, w)) // it is being made, and has more than is read ahead
+	require.NoError(t, cluster.Restore())
+	direct := cluster.Client(t)
+	for range 10 {
+		for i := range 10 {
+			mustPut(t, direct, key(keys-1-i), "new")
+		}
+	}
+	events, _ := untilSynced(t, w)
+	told.apply(events...)
+	require.Equal(t, stateOf(t, direct, prefix), told)
+}
+
+func TestWatchListsSmallerPagesWhereTheClientTakesNoMessageOfThatSize(t *testing.T) {
+	t.Parallel()
+	client, err := clientv3.New(clientv3.Config{Endpoints: testCluster.Endpoints(), Logger: zap.NewNop(), MaxCallRecvMsgSize: 2_000_000})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	prefix := nameOf(t) + "/"
+	for i := range 200 {
+		mustPut(t, client, fmt.Sprintf("%s%04d", prefix, i), "")
+	}
+	for i := range 3 { // each fits
+		mustPut(t, client, fmt.Sprint(prefix, "big-", i), strings.Repeat("x", 1_400_000))
+	}
+	w := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+	events, _ := untilSynced(t, w)
+	require.Len(t, events, 203)
+}
+
 func TestWatchOutlivesAnOutageThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	t.Parallel()
 	d := openDoor(t, testCluster.Endpoints()[0])
