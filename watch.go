@@ -208,8 +208,8 @@ func (c *watchConfig) validate(key string) error {
 // watcher ends with ErrGap after the last change before the gap. With it the state is followed through both.
 //
 // A reader may be slow: a few megabytes are read ahead. Then the watch is put off until the reader has read them, so that it
-// can be overtaken by compaction. Where the client's Watcher is wrapped (client/v3/namespace), what up to a thousand revisions have
-// changed is read at once by a watch that is behind, and a watch that was reset may leave a stream open until the client is closed.
+// can be overtaken by compaction. Where the client's Watcher is wrapped (client/v3/namespace), a watch that is behind reads at once
+// what up to a thousand revisions have changed, and one that was reset may leave a stream open until the client is closed.
 //
 // Errors: what etcd answered, when [RetryPolicy] has given up, which counts for this call alone; ErrGap if WithRevision was
 // compacted; rpctypes.ErrPermissionDenied, which also ends a watcher that resumes. A watcher notices that its connection
@@ -461,7 +461,7 @@ type feed struct {
 	next    Revision         // the first that has not been queued; 0 before a watch from now on stands
 	seen    Revision         // the newest that etcd is known to have had
 	cluster uint64           // which etcd that was
-	last    *mvccpb.KeyValue // the newest change that was queued, by which its history can be told from another; nil before the first
+	last    *mvccpb.KeyValue // the newest change that was queued, by which its history can be told from another; nil if none
 	listing bool             // what there is has to be listed before it can be followed
 
 	patience time.Duration // with a watch that is silent
@@ -604,8 +604,8 @@ func (f *feed) watched(from string, opts ...clientv3.OpOption) clientv3.Op {
 	return clientv3.OpGet(from, opts...)
 }
 
-// errRestored says that etcd has gone back to an older state.
-var errRestored = errors.New("etcdutil: etcd's revision went backwards: it was restored")
+// errRestored says that etcd has gone back to an older state, and may have been written since.
+var errRestored = errors.New("etcdutil: etcd has another history: it was restored")
 
 // recognise notes what etcd answered, and finds out whether it is what it was.
 func (f *feed) recognise(header *etcdserverpb.ResponseHeader) error {
