@@ -213,7 +213,35 @@ func (w *worker) followSnapshot(s *snapshotFollower) {
 		return
 	}
 	keys := make(map[string]string)
+	var last []etcdutil.Event[string] // of one revision
 	w.read(watcher, &s.reached, func(e etcdutil.Event[string]) {
+		if len(last) > 0 && last[0].Revision != e.Revision {
+			follow(keys, last)
+			last = last[:0]
+		}
+		last = append(last, e)
+		if e.Type == etcdutil.EventSynced {
+			follow(keys, last)
+			last = last[:0]
+			s.synced = append(s.synced, state{revision: e.Revision, keys: maps.Clone(keys)})
+		}
+	})
+	err = watcher.Close()
+	w.operations.add("snapshot: "+watchEnd(err), 1)
+	if upTo := watcher.Revision(); w.ctx.Err() != nil && w.settling.Load() && upTo > 0 {
+		if len(last) > 0 && last[0].Revision <= upTo { // else the transaction was not read to its end
+			follow(keys, last)
+		}
+		s.synced = append(s.synced, state{revision: upTo, final: true, keys: keys})
+	}
+	if errors.Is(err, etcdutil.ErrGap) {
+		w.violate("watch: the snapshot follower on host %d ended with a gap: %v", s.host, err)
+	}
+}
+
+// follow applies events to what a follower has.
+func follow(keys map[string]string, events []etcdutil.Event[string]) {
+	for _, e := range events {
 		switch e.Type {
 		case etcdutil.EventPut:
 			keys[e.Key] = `"` + e.Value + `"`
@@ -221,17 +249,7 @@ func (w *worker) followSnapshot(s *snapshotFollower) {
 			keys[e.Key] = string(e.Raw)
 		case etcdutil.EventDelete:
 			delete(keys, e.Key)
-		case etcdutil.EventSynced:
-			s.synced = append(s.synced, state{revision: e.Revision, keys: maps.Clone(keys)})
 		}
-	})
-	err = watcher.Close()
-	w.operations.add("snapshot: "+watchEnd(err), 1)
-	if w.ctx.Err() != nil && w.settling.Load() && watcher.Revision() > 0 {
-		s.synced = append(s.synced, state{revision: watcher.Revision(), final: true, keys: keys})
-	}
-	if errors.Is(err, etcdutil.ErrGap) {
-		w.violate("watch: the snapshot follower on host %d ended with a gap: %v", s.host, err)
 	}
 }
 
