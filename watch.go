@@ -954,11 +954,7 @@ func (f *feed) listOnce(strict bool) error {
 	defer cancel(nil)
 	var rev Revision
 	for from, limit := f.key, int64(minPage); from != ""; {
-		resp, err := f.get(&f.config, from, clientv3.WithRev(rev), clientv3.WithLimit(limit))
-		if isTooLarge(err) && limit > 1 {
-			limit = max(limit/8, 1)
-			continue
-		}
+		resp, err := f.page(from, rev, limit)
 		if err != nil {
 			return err
 		}
@@ -988,6 +984,15 @@ func (f *feed) listOnce(strict bool) error {
 	f.queue.push(append(f.view.gone(rev), change{kind: EventSynced, upTo: rev})...)
 	f.next = rev + 1
 	return nil
+}
+
+// page reads a page, or a smaller one if the client takes none so large.
+func (f *feed) page(from string, rev Revision, limit int64) (*clientv3.GetResponse, error) {
+	resp, err := f.get(&f.config, from, clientv3.WithRev(rev), clientv3.WithLimit(limit))
+	if isTooLarge(err) && limit > 1 {
+		return f.page(from, rev, max(limit/8, 1))
+	}
+	return resp, err
 }
 
 const (
