@@ -196,7 +196,9 @@ func (c *Cluster) Leader() int {
 // neither have a newer log nor stand themselves: a new cluster, or the only member. It may fail, when etcd is slow to
 // start; then they elect one later.
 func (c *Cluster) elect(n *node) {
-	for deadline := time.Now().Add(electTimeout); c.Leader() < 0 && time.Now().Before(deadline); {
+	deadline := time.Now().Add(electTimeout)
+	n.awaitApplied(deadline)
+	for c.Leader() < 0 && time.Now().Before(deadline) {
 		n.campaign()
 		time.Sleep(pollInterval)
 	}
