@@ -1507,13 +1507,15 @@ func TestLockWhoseParentIsItsLeaseIsLostWithIt(t *testing.T) {
 func TestWaiterKeepsItsPlaceThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	t.Parallel()
 	const attempt = 3 * time.Second // enough to queue up in, however slow the machine
-	client, link := linkedClient(t)
+	client, streams := countingStreams(t)
+	link := etcdtest.StartLink(t, testCluster.Endpoints()[0])
+	client.SetEndpoints(link.Endpoint())
 	holder := mustAcquire(t, testCluster.Client(t), nameOf(t))
 	waiter := start(func() (*Lock, error) {
 		return Acquire(t.Context(), client, nameOf(t), WithTTL(time.Minute),
 			WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: attempt}))
 	})
-	waiters(t, testCluster.Client(t), nameOf(t), 2)
+	eventually(t, func() bool { return streams.open.Load() > 0 }, "the write of its key is answered, and it waits")
 	link.Cut()
 	sleep(t.Context(), relook+relook/2+attempt+time.Second) // in which it looks again, and a read times out
 	link.Heal()
