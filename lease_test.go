@@ -637,13 +637,13 @@ func TestAnOutageLeavesABoundedNumberOfGoroutines(t *testing.T) {
 	client := cluster.Client(t)
 	require.NoError(t, cluster.Stop(0))
 	before := runtime.NumGoroutine()
-	for range 3 * cap(forsaking) {
+	for range 3 * cap(revokeSlots) {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
 		_, err := NewLease(ctx, client, time.Hour)
 		cancel()
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 	}
-	require.Less(t, runtime.NumGoroutine(), before+2*cap(forsaking))
+	require.Less(t, runtime.NumGoroutine(), before+2*cap(revokeSlots))
 	require.NoError(t, client.Close())
-	eventually(t, func() bool { return len(forsaking) == 0 }, "the client's end ends them")
+	eventually(t, func() bool { return len(revokeSlots) == 0 }, "the client's end ends them")
 }

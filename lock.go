@@ -1,22 +1,16 @@
 package etcdutil
 
 import (
-	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"math"
-	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
-	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -31,7 +25,7 @@ const DefaultTTL = 10 * time.Second
 type Lock struct {
 	lifetime
 	config  config
-	waiting config // gives up no earlier than the lease does, unless told to
+	waiting RetryPolicy // gives up no earlier than the lease does, unless told to
 	name    string
 	key     string
 	value   string
@@ -78,8 +72,19 @@ func (o lockOption) applyLock(c *lockConfig) { o(c) }
 
 // WithTTL sets the TTL of the lock's own lease; default [DefaultTTL]. It must be positive, and is rounded up to seconds.
 // It is refused beside WithLease.
-func WithTTL(ttl time.Duration) LockOption {
-	return lockOption(func(c *lockConfig) { c.ttl = &ttl })
+func WithTTL(ttl time.Duration) TTLOption { return ttlOption(ttl) }
+
+// A TTLOption shapes a lock or a registration.
+type TTLOption interface {
+	LockOption
+	RegisterOption
+}
+
+type ttlOption time.Duration
+
+func (o ttlOption) applyLock(c *lockConfig) { c.ttl = (*time.Duration)(&o) }
+func (o ttlOption) applyRegister(c *registerConfig) {
+	c.ttl = (*time.Duration)(&o)
 }
 
 // WithLease has the lock held by this lease, which any number of locks may share: two locks of one name on one lease
@@ -106,10 +111,11 @@ func newLockConfig(ctx context.Context, client *clientv3.Client, name string, op
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
 	}
-	c := &lockConfig{leaseConfig: leaseConfig{config: config{logger: discard, client: client}}}
+	c := &lockConfig{leaseConfig: leaseConfig{config: newConfig(client)}}
 	for _, o := range opts {
 		o.applyLock(c)
 	}
+	c.finish()
 	if err := validateName(name); err != nil {
 		return nil, err
 	}
@@ -157,7 +163,7 @@ func (c *lockConfig) validateShared() error {
 		return fmt.Errorf("etcdutil: WithLease: the lease has ended: %w", cause)
 	}
 	if c.lease.Err() != nil {
-		return fmt.Errorf("etcdutil: WithLease: the lease has ended: %w", ended(c.lease))
+		return fmt.Errorf("etcdutil: WithLease: the lease has ended: %w", contextError(c.lease))
 	}
 	return c.retry.validate()
 }
@@ -246,7 +252,7 @@ func acquire(ctx context.Context, c *lockConfig, name string, start time.Time, g
 		l.abandon()
 		return nil, fmt.Errorf("etcdutil: acquire %q: %w", name, err)
 	}
-	l.config.logger.Info("etcdutil: lock acquired", "name", name, "token", l.token, "waited", time.Since(start))
+	l.config.reporter.lockAcquired(LockEvent{Name: name, Token: l.token, Took: time.Since(start)})
 	return l, nil
 }
 
@@ -264,17 +270,17 @@ func leaseFor(ctx context.Context, c *lockConfig, start time.Time) (*Lease, erro
 func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *Lock {
 	l := &Lock{
 		config:     c.config,
-		waiting:    c.config,
+		waiting:    c.retry,
 		name:       name,
 		value:      c.value,
 		lease:      lease,
 		shared:     c.shared,
 		committing: make(chan struct{}, 1),
 	}
-	if l.waiting.retry.Elapsed == 0 {
-		l.waiting.retry.Elapsed = -1
+	if l.waiting.Elapsed == 0 {
+		l.waiting.Elapsed = -1
 	}
-	l.begin(context.WithValue(parent, lockKey{}, l))
+	l.init(context.WithValue(parent, lockKey{}, l))
 	lease.takeKey(l)
 	l.unhook = context.AfterFunc(lease.ctx, l.leaseEnded)
 	return l
@@ -289,7 +295,7 @@ func (l *Lock) take(c *lockConfig, start time.Time, get func(l *Lock, ctx contex
 	case lost != nil:
 		return lost
 	case err == nil && l.Err() != nil: // its parent ended meanwhile
-		return ended(l)
+		return contextError(l)
 	}
 	return err
 }
@@ -297,28 +303,28 @@ func (l *Lock) take(c *lockConfig, start time.Time, get func(l *Lock, ctx contex
 // leaseEnded ends the lock's context with its lease's, whose parent has ended: it is still held until the lease runs out. One
 // that is lost or closed has taken its locks with it, unless they were only being made, but has not logged that.
 func (l *Lock) leaseEnded() {
-	if cause := context.Cause(l.lease.held); cause != nil {
+	if cause := context.Cause(l.lease.stopCtx); cause != nil {
 		l.lose(cause)
 		return
 	}
-	l.end(context.Cause(l.lease.ctx))
+	l.cancel(context.Cause(l.lease.ctx))
 }
 
 // lose ends the lock, because of its lease if cause is not nil, else because its key is gone, and logs that. A logger may block:
 // whoever ends several locks ends them all before.
 func (l *Lock) lose(cause error) {
 	l.loseQuietly(cause)
-	if lost := context.Cause(l.held); errors.Is(lost, ErrLockLost) && l.logged.CompareAndSwap(false, true) {
-		l.config.logger.Warn("etcdutil: lock lost", "name", l.name, "cause", lost)
+	if lost := context.Cause(l.stopCtx); errors.Is(lost, ErrLockLost) && l.logged.CompareAndSwap(false, true) {
+		l.config.reporter.lockLost(LockEvent{Name: l.name, Token: l.token, Err: lost})
 	}
 }
 
 func (l *Lock) loseQuietly(cause error) {
 	if cause == nil {
-		l.finish(fmt.Errorf("%w: the key of %q was deleted", ErrLockLost, l.name))
+		l.shutdown(fmt.Errorf("%w: the key of %q was deleted", ErrLockLost, l.name))
 		return
 	}
-	l.finish(fmt.Errorf("%w: %q: %w", ErrLockLost, l.name, cause))
+	l.shutdown(fmt.Errorf("%w: %q: %w", ErrLockLost, l.name, cause))
 }
 
 // lost is why the lock is no longer surely held: lost or closed, even if what is to say so is late. It is nil while the
@@ -327,18 +333,18 @@ func (l *Lock) lost() error {
 	if cause := l.lease.lost(); cause != nil {
 		l.lose(cause)
 	}
-	return context.Cause(l.held)
+	return context.Cause(l.stopCtx)
 }
 
 // abandon gives up a lock that was never held. With the lock's own lease its key goes, and can never be written late.
 func (l *Lock) abandon() {
-	l.finish(ErrClosed)
-	behind(func() {
+	l.shutdown(ErrClosed)
+	inBackground(func() {
 		l.stop()
 		switch {
 		case !l.shared:
 			if err := l.lease.Close(); errors.Is(err, ErrUnknownOutcome) {
-				forsakeLease(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, stragglers))
+				revokeInBackground(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, lateWindow))
 			}
 		case l.token == 0 && !l.doubt: // nothing was written
 			l.lease.giveKey(l.key)
@@ -348,248 +354,9 @@ func (l *Lock) abandon() {
 	})
 }
 
-// awaitTurn queues up and waits until no contender is older.
-func (l *Lock) awaitTurn(ctx context.Context) error {
-	older, err := l.enqueue(ctx)
-	for err == nil && older != nil {
-		if err = l.awaitGone(ctx, older); err == nil {
-			older, err = l.look(ctx)
-		}
-	}
-	return err
-}
-
-// enqueue writes the key, once however often it is sent, and returns the nearest older contender, if any.
-func (l *Lock) enqueue(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := l.write(ctx, clientv3.Compare(clientv3.CreateRevision(l.key), "=", 0), newest(l.name))
-	if err != nil {
-		return nil, err
-	}
-	if !resp.Succeeded { // an earlier attempt has written it
-		written, contenders, err := l.found(ctx)
-		switch {
-		case err != nil:
-			return nil, err
-		case !written: // and somebody has deleted it
-			return nil, l.keyGone()
-		}
-		return nearest(ctx, &l.waiting, l.name, contenders, l.token)
-	}
-	l.entered(resp.Header.Revision)
-	return nearest(ctx, &l.waiting, l.name, resp.Responses[1].GetResponseRange(), l.token)
-}
-
-// write repeats a transaction that creates the key until it is answered.
-func (l *Lock) write(ctx context.Context, guard clientv3.Cmp, more ...clientv3.Op) (*clientv3.TxnResponse, error) {
-	then := append([]clientv3.Op{clientv3.OpPut(l.key, l.value, clientv3.WithLease(l.lease.id))}, more...)
-	resp, err := retry(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, err := l.config.client.Txn(ctx).If(guard).Then(then...).Commit()
-		l.doubt = l.doubt || IsAmbiguous(err)
-		return resp, err
-	})
-	// Of a lease that another client granted it may only be the wrong etcd that is asked.
-	if errors.Is(err, rpctypes.ErrLeaseNotFound) && l.lease.config.client == l.config.client {
-		l.lease.lose(ErrLeaseRevoked)
-	}
-	return resp, err
-}
-
-// found reads the key, which an earlier attempt may have written, and the youngest contenders. It reports whether it was
-// written.
-func (l *Lock) found(ctx context.Context) (written bool, contenders *etcdserverpb.RangeResponse, err error) {
-	resp, err := query(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return l.config.client.Txn(ctx).Then(clientv3.OpGet(l.key), newest(l.name)).Commit()
-	})
-	if err != nil {
-		return false, nil, err
-	}
-	contenders = resp.Responses[1].GetResponseRange()
-	contenders.Header = resp.Header
-	for _, kv := range resp.Responses[0].GetResponseRange().Kvs {
-		if clientv3.LeaseID(kv.Lease) == l.lease.id { // else somebody else wrote it, and it holds nothing
-			l.entered(kv.CreateRevision)
-			return true, contenders, nil
-		}
-	}
-	return false, contenders, nil
-}
-
-// entered notes the token.
-func (l *Lock) entered(token Revision) {
-	l.token, l.version, l.revision = token, 1, token
-	l.watching.Add(1)
-	l.watch = time.AfterFunc(keyWatchDelay, l.watchKey)
-}
-
-// prefix is where the contenders for a name are.
-func prefix(name string) string { return name + "/" }
-
-// isContender tells a contender for name from what else may be under its prefix: the keys of another lock, whose name
-// goes on after the slash, and keys without a lease. This is how etcd's own recipes name theirs.
-func isContender(name string, kv *mvccpb.KeyValue) bool {
-	rest, ok := bytes.CutPrefix(kv.Key, []byte(prefix(name)))
-	return ok && kv.Lease != 0 && !bytes.Contains(rest, []byte("/"))
-}
-
-// newest reads the youngest few keys under a name, which is enough to find the nearest older contender unless there are
-// many strays. Not WithKeysOnly: etcd 3.7 then says that no key has a lease.
-func newest(name string, opts ...clientv3.OpOption) clientv3.Op {
-	begin := prefix(name)
-	return clientv3.OpGet(begin, append(opts, clientv3.WithRange(clientv3.GetPrefixRangeEnd(begin)), clientv3.WithLimit(8),
-		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))...)
-}
-
-// nearest finds the youngest contender that is older than token in what newest read; nil if there is none.
-func nearest(ctx context.Context, c *config, name string, page *etcdserverpb.RangeResponse, token Revision) (*mvccpb.KeyValue, error) {
-	for _, kv := range page.Kvs {
-		if kv.CreateRevision < token && isContender(name, kv) {
-			return kv, nil
-		}
-	}
-	if !page.More {
-		return nil, nil
-	}
-	// All of the young ones are strays. How many there are is not known: read on, but not everything at once.
-	all, err := query(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return c.client.Get(ctx, prefix(name), clientv3.WithPrefix(), clientv3.WithMaxCreateRev(token-1),
-			clientv3.WithLimit(16*int64(len(page.Kvs))), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))
-	})
-	if err != nil {
-		return nil, err
-	}
-	return nearest(ctx, c, name, (*etcdserverpb.RangeResponse)(all), token)
-}
-
-// awaitGone waits until older, or the lock's own key, is gone. Where its watch is silent or fails it reads these two, and no
-// more than these: a long queue would keep etcd busy by waiting.
-func (l *Lock) awaitGone(ctx context.Context, older *mvccpb.KeyValue) error {
-	for failed := 0; ; {
-		gone, refused := l.watchOlder(ctx, older, failed)
-		switch {
-		case gone:
-			return nil
-		case ctx.Err() != nil:
-			return ended(ctx)
-		}
-		if there, err := l.stillThere(ctx, older); err != nil || !there {
-			return err
-		}
-		if !refused {
-			failed = 0
-			continue
-		}
-		failed++
-		sleep(ctx, l.config.retry.withDefaults().backoff(failed))
-	}
-}
-
-// watchOlder watches for older's end, for a while. refused says that the watch failed, as failed others did before it.
-//
-// The watch starts from now on, and then the key is read: a watch from a past revision is served only every 100 ms.
-func (l *Lock) watchOlder(ctx context.Context, older *mvccpb.KeyValue, failed int) (gone, refused bool) {
-	watching, cancel := context.WithTimeout(watchContext(ctx, failed), relook+rand.N(relook/2))
-	defer cancel()
-	watch := l.config.client.Watch(watching, string(older.Key), clientv3.WithCreatedNotify(), clientv3.WithFilterPut())
-	for resp := range watch {
-		if len(resp.Events) > 0 { // a deletion; perhaps an old one, which a watch that reconnects may replay
-			return true, false
-		}
-		if !resp.Created {
-			continue
-		}
-		if there, err := l.stillThere(watching, older); err != nil || !there {
-			return err == nil, false
-		}
-	}
-	return false, watching.Err() == nil
-}
-
-// stillThere reports whether both older and the lock's own key are there.
-func (l *Lock) stillThere(ctx context.Context, older *mvccpb.KeyValue) (bool, error) {
-	resp, err := query(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return l.config.client.Txn(ctx).Then(clientv3.OpGet(l.key), clientv3.OpGet(string(older.Key))).Commit()
-	})
-	if err != nil {
-		return false, err
-	}
-	now := resp.Responses[1].GetResponseRange().Kvs
-	return l.mine(resp.Responses[0].GetResponseRange().Kvs) != nil &&
-		len(now) > 0 && now[0].CreateRevision == older.CreateRevision && isContender(l.name, now[0]), nil
-}
-
-// look reads, at one revision, whether the lock's key is still there and which contender is the nearest older one.
-func (l *Lock) look(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := query(ctx, &l.waiting, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return l.config.client.Txn(ctx).
-			Then(clientv3.OpGet(l.key), newest(l.name, clientv3.WithMaxCreateRev(l.token-1))).
-			Commit()
-	})
-	if err != nil {
-		return nil, err
-	}
-	if l.mine(resp.Responses[0].GetResponseRange().Kvs) == nil {
-		return nil, l.keyGone()
-	}
-	return nearest(ctx, &l.waiting, l.name, resp.Responses[1].GetResponseRange(), l.token)
-}
-
-// lookBefore returns the revision at which nobody held the lock or waited for it, else ErrLockHeld.
-func lookBefore(ctx context.Context, c *config, name string) (Revision, error) {
-	resp, err := query(ctx, c, func(ctx context.Context) (clientv3.OpResponse, error) {
-		return c.client.Do(ctx, newest(name))
-	})
-	if err != nil {
-		return 0, err
-	}
-	page := (*etcdserverpb.RangeResponse)(resp.Get())
-	return page.Header.Revision, unheld(ctx, c, name, page)
-}
-
-func unheld(ctx context.Context, c *config, name string, page *etcdserverpb.RangeResponse) error {
-	contender, err := nearest(ctx, c, name, page, math.MaxInt64)
-	if err == nil && contender != nil {
-		return ErrLockHeld
-	}
-	return err
-}
-
-// claim writes the key if nobody has queued up since nobody was seen to. What came since may be a stray: look again.
-func (l *Lock) claim(ctx context.Context, seen Revision) error {
-	for {
-		resp, err := l.write(ctx, clientv3.Compare(clientv3.CreateRevision(prefix(l.name)), "<", seen+1).WithPrefix())
-		if err != nil {
-			return err
-		}
-		if resp.Succeeded {
-			l.entered(resp.Header.Revision)
-			return nil
-		}
-		written, contenders, err := l.found(ctx)
-		if err != nil || written {
-			return err
-		}
-		if err := unheld(ctx, &l.config, l.name, contenders); err != nil {
-			return err
-		}
-		seen = contenders.Header.Revision
-	}
-}
-
-// mine is the lock's own key in kvs; nil if it is gone, or was overwritten by somebody without the lease.
-func (l *Lock) mine(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
-	for _, kv := range kvs {
-		if kv.CreateRevision == l.token && clientv3.LeaseID(kv.Lease) == l.lease.id {
-			return kv
-		}
-	}
-	return nil
-}
-
 // watchKey ends the lock when its key is deleted. It runs, as the timer's goroutine, until the lock's context ends.
 func (l *Lock) watchKey() {
 	defer l.watching.Done()
-	patient := l.config
-	patient.retry = RetryPolicy{Elapsed: -1}
 	for from, failed := l.token+1, 0; ; {
 		began := time.Now()
 		if l.deletedFrom(from, failed) {
@@ -598,21 +365,21 @@ func (l *Lock) watchKey() {
 		if failed++; time.Since(began) > relook { // it stood
 			failed = 0
 		}
-		resp, err := query(l.ctx, &patient, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := retryRead(l.ctx, &l.config, untilDone, "read the key of lock", func(ctx context.Context) (*clientv3.GetResponse, error) {
 			return l.config.client.Get(ctx, l.key)
 		})
 		if l.Err() != nil {
 			return
 		}
 		if err != nil {
-			l.config.logger.Warn("etcdutil: lock's key can no longer be watched", "name", l.name, "error", err)
+			l.config.reporter.lockWatchFailing(l.name, err)
 			return
 		}
 		if l.mine(resp.Kvs) == nil {
 			break
 		}
 		from = resp.Header.Revision + 1
-		sleep(l.ctx, patient.retry.withDefaults().backoff(failed))
+		sleep(l.ctx, untilDone.withDefaults().backoff(failed))
 	}
 	if l.Err() == nil {
 		_ = l.keyGone()
@@ -634,7 +401,7 @@ func (l *Lock) deletedFrom(from Revision, failed int) bool {
 // keyGone ends the lock, whose key is gone, and returns why: it went with its lease, or alone. The lease is asked about,
 // but not for long.
 func (l *Lock) keyGone() error {
-	ctx, cancel := context.WithTimeout(l.held, 200*time.Millisecond)
+	ctx, cancel := context.WithTimeout(l.stopCtx, 200*time.Millisecond)
 	defer cancel()
 	if resp, err := l.lease.config.client.TimeToLive(ctx, l.lease.id); err == nil && resp.TTL < 0 {
 		l.lease.lose(ErrLeaseRevoked)
@@ -677,7 +444,7 @@ func (l *Lock) Do(ctx context.Context, fn func(ctx context.Context) error) error
 	}
 	for _, c := range []context.Context{l, ctx} {
 		if c.Err() != nil {
-			return ended(c)
+			return contextError(c)
 		}
 	}
 	under, cancel := context.WithCancelCause(context.WithValue(ctx, lockKey{}, l))
@@ -706,7 +473,7 @@ func (l *Lock) IsOwner() clientv3.Cmp {
 // Alive asks the server whether the lock's key is there. It answers whatever the state of the context, and changes
 // nothing.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
-	kv, err := l.read(ctx, &l.config)
+	kv, err := l.read(ctx, l.config.retry)
 	if err != nil {
 		return false, fmt.Errorf("etcdutil: ask for lock %q: %w", l.name, err)
 	}
@@ -714,8 +481,8 @@ func (l *Lock) Alive(ctx context.Context) (bool, error) {
 }
 
 // read returns the lock's key, nil if it is gone.
-func (l *Lock) read(ctx context.Context, c *config) (*mvccpb.KeyValue, error) {
-	resp, err := query(ctx, c, func(ctx context.Context) (*clientv3.GetResponse, error) {
+func (l *Lock) read(ctx context.Context, policy RetryPolicy) (*mvccpb.KeyValue, error) {
+	resp, err := retryRead(ctx, &l.config, policy, "read the key of lock", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return l.config.client.Get(ctx, l.key)
 	})
 	if err != nil {
@@ -733,13 +500,16 @@ func (l *Lock) read(ctx context.Context, c *config) (*mvccpb.KeyValue, error) {
 //
 // Close does not wait for what runs under the lock: [Do] and [Lock.Do] do.
 func (l *Lock) Close() error {
-	l.closing.Do(func() { l.closeErr = l.release() })
+	l.closing.Do(func() {
+		l.closeErr = l.release()
+		l.config.reporter.flush()
+	})
 	return l.closeErr
 }
 
 func (l *Lock) release() error {
 	lost := l.lost()
-	l.finish(ErrClosed)
+	l.shutdown(ErrClosed)
 	l.stop()
 	var err error
 	switch {
@@ -748,7 +518,7 @@ func (l *Lock) release() error {
 	case lost == nil:
 		err = l.deleteKey()
 	default: // its key may be written late, or by somebody else; unless the lease has taken it along
-		behind(l.sweepKey)
+		inBackground(l.sweepKey)
 	}
 	switch {
 	case lost != nil:
@@ -771,8 +541,8 @@ func (l *Lock) stop() {
 
 // deleteKey gives back a lock on a shared lease.
 func (l *Lock) deleteKey() error {
-	ctx, c := l.config.closing(l.ctx, time.Until(l.lease.Expiry()))
-	_, err := retry(ctx, c, l.deleteOwn)
+	policy := releasePolicy(time.Until(l.lease.Expiry()))
+	_, err := retry(context.WithoutCancel(l.ctx), &l.config, policy, "release lock", l.deleteOwn)
 	if err != nil || l.doubt {
 		go l.sweepKey() // until the lease ends, at the latest
 	} else {
@@ -796,229 +566,19 @@ func (l *Lock) deleteOwn(ctx context.Context) (*clientv3.TxnResponse, error) {
 func (l *Lock) sweepKey() {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(l.ctx))
 	defer cancel()
-	defer context.AfterFunc(l.lease.held, cancel)()
+	defer context.AfterFunc(l.lease.stopCtx, cancel)()
 	if l.doubt {
-		sweep(ctx, &l.config, stragglers, func(ctx context.Context) error {
+		removeRepeatedly(ctx, &l.config, "release lock", lateWindow, func(ctx context.Context) error {
 			_, err := l.config.client.Delete(ctx, l.key)
 			return err
 		})
 		return
 	}
-	sweep(ctx, &l.config, 0, func(ctx context.Context) error {
+	removeRepeatedly(ctx, &l.config, "release lock", 0, func(ctx context.Context) error {
 		_, err := l.deleteOwn(ctx)
 		if err == nil {
 			l.lease.giveKey(l.key)
 		}
 		return err
 	})
-}
-
-// maxCommitOps is etcd's limit of 128 operations in a transaction, less the one by which a Commit recognises itself.
-const maxCommitOps = 127
-
-// Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns the revision.
-//
-// ErrLockLost and ErrClosed say that they were not applied; ErrUnknownOutcome, that they may have been: no answer came before
-// ctx or the lock ended or [RetryPolicy] gave up, or the key was gone when it did. Any other error, also one from ctx, is the
-// reason why they were not applied.
-//
-// Commits of one lock are serialised. ops are 127 at most, possibly none, and must not write the lock's own key. After
-// the parent's end Commit still works, until Close or until the lease runs out: winding down may need to save its state.
-// Give it then a context of its own, since ctx bounds the call.
-//
-// After ErrUnknownOutcome the write may still be applied, until the next Commit: before reading what that is to depend on,
-// settle it by a Commit of nothing.
-func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error) {
-	if ctx == nil {
-		panic("etcdutil: nil ctx")
-	}
-	if err := l.checkOps(ops); err != nil {
-		return 0, err
-	}
-	rev, err := l.exclusively(ctx, &l.config, func(ctx context.Context) (Revision, error) { return l.bump(ctx, &l.config, ops) })
-	if err != nil {
-		return 0, fmt.Errorf("etcdutil: commit under %q: %w", l.name, orEnded(ctx, err))
-	}
-	return rev, nil
-}
-
-// orEnded adds to err that ctx has ended, if it has.
-func orEnded(ctx context.Context, err error) error {
-	if ctx.Err() != nil && !isContextEnd(err) {
-		return fmt.Errorf("%w: %w", err, ctx.Err())
-	}
-	return err
-}
-
-func (l *Lock) checkOps(ops []clientv3.Op) error {
-	if len(ops) > maxCommitOps {
-		return fmt.Errorf("etcdutil: ops: %d operations, at most %d", len(ops), maxCommitOps)
-	}
-	for i, op := range ops {
-		if !op.IsGet() && !op.IsPut() && !op.IsDelete() && !op.IsTxn() {
-			return fmt.Errorf("etcdutil: ops[%d] is not an operation", i)
-		}
-		if writes(op, []byte(l.key)) {
-			return fmt.Errorf("etcdutil: ops[%d] writes the lock's own key %q", i, l.key)
-		}
-	}
-	return nil
-}
-
-// writes reports whether op may write key.
-func writes(op clientv3.Op, key []byte) bool {
-	switch {
-	case op.IsTxn():
-		_, then, otherwise := op.Txn()
-		for _, nested := range append(append([]clientv3.Op{}, then...), otherwise...) {
-			if writes(nested, key) {
-				return true
-			}
-		}
-		return false
-	case op.IsGet():
-		return false
-	}
-	begin, end := op.KeyBytes(), op.RangeBytes()
-	switch {
-	case len(end) == 0:
-		return bytes.Equal(begin, key)
-	case bytes.Equal(end, []byte{0}): // to the end of the keyspace
-		return bytes.Compare(begin, key) <= 0
-	}
-	return bytes.Compare(begin, key) <= 0 && bytes.Compare(key, end) < 0
-}
-
-// lastAnswer is how long the answer to a transaction is waited for that was under way when the lock was lost. It is most
-// often about to come, and says what became of it.
-const lastAnswer = 200 * time.Millisecond
-
-// exclusively runs a transaction under the lock: alone, with nothing left that an earlier one has sent and that may yet be
-// applied, and in a context that ends soon after the lock is lost.
-func (l *Lock) exclusively(ctx context.Context, c *config, f func(ctx context.Context) (Revision, error)) (Revision, error) {
-	if elapsed := c.retry.withDefaults().Elapsed; elapsed > 0 { // all of this is one call
-		var stop context.CancelFunc
-		ctx, stop = context.WithTimeoutCause(ctx, elapsed, fmt.Errorf("etcdutil: gave up after %v", elapsed))
-		defer stop()
-	}
-	select {
-	case l.committing <- struct{}{}:
-		defer func() { <-l.committing }()
-	case <-ctx.Done():
-		return 0, ended(ctx)
-	}
-	if lost := l.lost(); lost != nil {
-		return 0, lost
-	}
-	held, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(l.held, func() {
-		sleep(held, lastAnswer)
-		cancel(context.Cause(l.held))
-	})()
-	if l.unsettled {
-		// What was sent before compares the version, so it can no longer be applied once that is bumped.
-		if _, err := l.bump(held, c, nil); err != nil {
-			return 0, l.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %w", notUnknown(err)))
-		}
-	}
-	return f(held)
-}
-
-// notUnknown is err without ErrUnknownOutcome, which is not said of what was not sent.
-func notUnknown(err error) error {
-	if errors.Is(err, ErrUnknownOutcome) {
-		return errors.New(err.Error())
-	}
-	return err
-}
-
-// isCurrent compares whether the lock is held, and nothing was committed since what is known of it: a key that was deleted and
-// created again has another revision as well.
-func (l *Lock) isCurrent() clientv3.Cmp {
-	return clientv3.Compare(clientv3.ModRevision(l.key), "=", l.revision)
-}
-
-// bump applies ops and raises the version of the lock's key in one transaction, if that is current. By the version, one read
-// tells after a lost answer whether it was applied: nobody else raises it.
-func (l *Lock) bump(ctx context.Context, c *config, ops []clientv3.Op) (Revision, error) {
-	then := append(append([]clientv3.Op{}, ops...),
-		clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))
-	resp, d, err := l.transact(ctx, c, []clientv3.Cmp{l.isCurrent()}, then)
-	switch {
-	case err != nil && !d.applied:
-		l.unsettled = true // clientv3 may have sent it twice by itself, and tells only how the second one fared
-		return 0, l.definite(err)
-	case err == nil && resp.Succeeded:
-		return l.settled(resp.Header.Revision), nil
-	}
-	return l.readBack(ctx, c, err, d)
-}
-
-// doubt is what the attempts at a transaction leave open that were not answered.
-type doubt struct {
-	applied   bool // one of them may have been applied
-	straggler bool // one may yet be
-}
-
-// transact repeats a guarded transaction until it is answered.
-func (l *Lock) transact(ctx context.Context, c *config, guards []clientv3.Cmp, then []clientv3.Op) (*clientv3.TxnResponse, doubt, error) {
-	var d doubt
-	resp, err := retry(ctx, c, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, err := l.config.client.Txn(ctx).If(guards...).Then(then...).Commit()
-		if IsAmbiguous(err) {
-			d.applied = true
-			// Without space left etcd may have applied it, but will not do so later.
-			d.straggler = d.straggler || !errors.Is(err, rpctypes.ErrNoSpace)
-		}
-		return resp, err
-	})
-	return resp, d, err
-}
-
-func (l *Lock) settled(rev Revision) Revision {
-	l.version++
-	l.revision = rev
-	l.unsettled = false
-	return rev
-}
-
-// definite is the error for what was not applied.
-func (l *Lock) definite(err error) error {
-	if lost := l.lost(); lost != nil {
-		return lost
-	}
-	return err
-}
-
-// unknown is the error for what may have been applied. It must not wrap what ended the lock: ErrLockLost would say that
-// it was not.
-func (l *Lock) unknown(why any) error {
-	l.unsettled = true
-	return fmt.Errorf("%w: %v", ErrUnknownOutcome, why)
-}
-
-// errRefused says that guards did not hold.
-var errRefused = errors.New("refused, although nothing has changed")
-
-// readBack tells whether a transaction was applied that was refused by its guard, or else failed with err.
-func (l *Lock) readBack(ctx context.Context, c *config, err error, d doubt) (Revision, error) {
-	kv, readErr := l.read(ctx, c)
-	switch {
-	case readErr != nil: // a refusal may be that of clientv3's own repetition
-		return 0, l.unknown(cmp.Or(err, readErr))
-	case kv == nil && !d.applied:
-		return 0, l.keyGone()
-	case kv == nil:
-		_ = l.keyGone()
-		return 0, l.unknown("the lock's key is gone")
-	case kv.Version == l.version+1 && string(kv.Value) == l.value:
-		return l.settled(kv.ModRevision), nil
-	case kv.ModRevision != l.revision:
-		l.version, l.revision = kv.Version, kv.ModRevision
-		return 0, l.unknown("the lock's key was written by somebody else")
-	case d.straggler || err == nil:
-		return 0, l.unknown(cmp.Or(err, errRefused))
-	}
-	return 0, err
 }

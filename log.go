@@ -109,6 +109,7 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 	for _, o := range opts {
 		o.applyLog(&c)
 	}
+	c.finish()
 	switch err := c.validate(name); {
 	case err != nil:
 		return nil, err
@@ -119,21 +120,21 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 	}
 	w := &LogWriter[T]{config: c.config, codec: c.codec, lock: lock, name: name, writing: make(chan struct{}, 1)}
 	// What an earlier writer under this lock has left open must not be applied after that.
-	_, err := lock.exclusively(ctx, &w.config, func(ctx context.Context) (Revision, error) {
+	_, err := lock.exclusively(ctx, w.config.retry, func(ctx context.Context) (Revision, error) {
 		entry, err := w.read(ctx)
 		w.last = positionOf(entry)
 		return w.last.revision, lock.definite(err)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: write log %q: %w", name, orEnded(ctx, err))
+		return nil, fmt.Errorf("etcdutil: write log %q: %w", name, withContextError(ctx, err))
 	}
-	w.begin(lock)
+	w.init(lock)
 	return w, nil
 }
 
 // read returns the last entry, nil if there is none.
 func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := query(ctx, &w.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := retryRead(ctx, &w.config, w.config.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return w.config.client.Get(ctx, w.name)
 	})
 	if err != nil {
@@ -162,19 +163,19 @@ func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error
 	case w.writing <- struct{}{}:
 		defer func() { <-w.writing }()
 	case <-ctx.Done():
-		return 0, fmt.Errorf("etcdutil: write log %q: %w", w.name, ended(ctx))
+		return 0, fmt.Errorf("etcdutil: write log %q: %w", w.name, contextError(ctx))
 	}
 	if err := w.write(ctx, data); err != nil {
-		return 0, fmt.Errorf("etcdutil: write log %q (%d bytes): %w", w.name, len(data), orEnded(ctx, err))
+		return 0, fmt.Errorf("etcdutil: write log %q (%d bytes): %w", w.name, len(data), withContextError(ctx, err))
 	}
 	return w.last.version, nil
 }
 
 func (w *LogWriter[T]) write(ctx context.Context, data []byte) error {
-	if closed := context.Cause(w.held); closed != nil {
+	if closed := context.Cause(w.stopCtx); closed != nil {
 		return closed
 	}
-	_, err := w.lock.exclusively(ctx, &w.config, func(ctx context.Context) (Revision, error) {
+	_, err := w.lock.exclusively(ctx, w.config.retry, func(ctx context.Context) (Revision, error) {
 		err := w.settle(ctx)
 		if err == nil {
 			err = w.append(ctx, data)
@@ -217,7 +218,7 @@ var errAgain = errors.New("etcdutil: again")
 func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
 	for {
 		guards := []clientv3.Cmp{w.lock.isCurrent(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)}
-		resp, d, err := w.lock.transact(ctx, &w.config, guards, []clientv3.Op{clientv3.OpPut(w.name, string(data))})
+		resp, d, err := w.lock.transact(ctx, w.config.retry, guards, []clientv3.Op{clientv3.OpPut(w.name, string(data))})
 		switch {
 		case err != nil && !d.applied:
 			_ = w.unknown(data, err) // clientv3 may have sent it twice by itself: the next write finds out
@@ -266,12 +267,12 @@ func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, err error, d d
 // still held then was held when the log was read.
 func (w *LogWriter[T]) readSettled(ctx context.Context, d doubt) (entry, key *mvccpb.KeyValue, err error) {
 	if d.straggler {
-		if _, err := w.lock.bump(ctx, &w.config, nil); err != nil && !errors.Is(err, ErrLockLost) {
+		if _, err := w.lock.bump(ctx, w.config.retry, nil); err != nil && !errors.Is(err, ErrLockLost) {
 			return nil, nil, err
 		}
 	}
 	if entry, err = w.read(ctx); err == nil {
-		key, err = w.lock.read(ctx, &w.config)
+		key, err = w.lock.read(ctx, w.config.retry)
 	}
 	return entry, key, err
 }
@@ -295,7 +296,7 @@ func (w *LogWriter[T]) Close() error {
 		if lost := w.lock.lost(); errors.Is(lost, ErrLockLost) {
 			w.lost = lost
 		}
-		w.finish(ErrClosed)
+		w.shutdown(ErrClosed)
 	})
 	return w.lost
 }
@@ -319,10 +320,11 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
 	}
-	c := logConfig{watchConfig: watchConfig{config: config{logger: discard, client: client}, codec: JSON}}
+	c := logConfig{watchConfig: watchConfig{config: newConfig(client), codec: JSON}}
 	for _, o := range opts {
 		o.applyLog(&c)
 	}
+	c.finish()
 	if err := c.validate(name); err != nil {
 		return nil, err
 	}
@@ -339,7 +341,7 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 
 func watchLog[T any](ctx context.Context, name string, c *logConfig) (*Watcher[T], error) {
 	if c.every != nil && *c.every == 0 {
-		resp, err := query(ctx, &c.config, func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := retryRead(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
 			return c.client.Get(ctx, name, clientv3.WithKeysOnly())
 		})
 		if err != nil {
@@ -395,15 +397,15 @@ func entryOf[T any](e Event[T]) (Entry[T], error) {
 // event returns the next event that is an entry.
 func (r *LogReader[T]) event(ctx context.Context) (Event[T], error) {
 	switch {
-	case context.Cause(r.held) == ErrClosed:
+	case context.Cause(r.stopCtx) == ErrClosed:
 		return Event[T]{}, ErrClosed
 	case ctx.Err() != nil:
-		return Event[T]{}, ended(ctx)
+		return Event[T]{}, contextError(ctx)
 	case r.latest != nil:
 		e, err := r.latest.Recv(ctx)
 		switch {
 		case err != nil && ctx.Err() != nil:
-			err = ended(ctx)
+			err = contextError(ctx)
 		case err != nil:
 			err = r.over()
 		}
@@ -419,17 +421,17 @@ func (r *LogReader[T]) event(ctx context.Context) (Event[T], error) {
 				return e, nil
 			}
 		case <-ctx.Done():
-			return Event[T]{}, ended(ctx)
+			return Event[T]{}, contextError(ctx)
 		}
 	}
 }
 
 // over is why the reader has ended.
 func (r *LogReader[T]) over() error {
-	if cause := context.Cause(r.held); cause != nil {
+	if cause := context.Cause(r.stopCtx); cause != nil {
 		return cause
 	}
-	return ended(r)
+	return contextError(r)
 }
 
 // All reads on and on. It ends when the loop is left, on Close and with the reader's parent, and else after an error, which
@@ -439,7 +441,7 @@ func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
 		for {
 			e, err := r.event(context.WithoutCancel(r))
 			if err != nil { // r has ended
-				if cause := context.Cause(r.held); cause != nil && cause != ErrClosed {
+				if cause := context.Cause(r.stopCtx); cause != nil && cause != ErrClosed {
 					yield(Entry[T]{}, err)
 				}
 				return

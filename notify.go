@@ -14,7 +14,7 @@ func NewNotify[T any](ctx context.Context) *Notify[T] {
 		panic("etcdutil: nil ctx")
 	}
 	n := &Notify[T]{}
-	n.begin(ctx)
+	n.init(ctx)
 	return n
 }
 
@@ -66,7 +66,7 @@ func (n *Notify[T]) Receiver() *Receiver[T] { return &Receiver[T]{n: n} }
 // Close ends the Notify's context, with the cause ErrClosed unless its parent ended before. Receivers still get the last
 // value that they have not read. It always returns nil, may be called again, and does not wait for receivers.
 func (n *Notify[T]) Close() error {
-	n.finish(ErrClosed)
+	n.shutdown(ErrClosed)
 	return nil
 }
 
@@ -76,7 +76,7 @@ func (n *Notify[T]) over() error {
 	if cause := context.Cause(n); cause == ErrClosed {
 		return cause
 	}
-	return ended(n)
+	return contextError(n)
 }
 
 // A Receiver reads the latest value of a Notify, each at most once, and never an older one after a newer one.
@@ -104,7 +104,7 @@ func (r *Receiver[T]) Recv(ctx context.Context) (T, error) {
 	}
 	for {
 		if ctx.Err() != nil {
-			return none, ended(ctx)
+			return none, contextError(ctx)
 		}
 		v, ok, wake := r.take()
 		switch {

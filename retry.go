@@ -91,30 +91,31 @@ func Retry[T any](ctx context.Context, op func(ctx context.Context) (T, error), 
 	if op == nil {
 		panic("etcdutil: nil op")
 	}
-	c := config{logger: discard}
+	c := newConfig(nil)
 	for _, o := range opts {
 		o.applyRetry(&c)
 	}
+	c.finish()
 	if err := c.retry.validate(); err != nil {
 		var zero T
 		return zero, err
 	}
-	return retry(ctx, &c, op)
+	return retry(ctx, &c, c.retry, "operation", op)
 }
 
-// query retries what only reads, which a policy that is DefiniteOnly does not forbid.
-func query[T any](ctx context.Context, c *config, op func(ctx context.Context) (T, error)) (T, error) {
-	reading := *c
-	reading.retry.DefiniteOnly = false
-	return retry(ctx, &reading, op)
+// retryRead retries what only reads, which a policy that is DefiniteOnly does not forbid.
+func retryRead[T any](ctx context.Context, c *config, p RetryPolicy, what string, op func(ctx context.Context) (T, error)) (T, error) {
+	p.DefiniteOnly = false
+	return retry(ctx, c, p, what, op)
 }
 
-func retry[T any](ctx context.Context, c *config, op func(ctx context.Context) (T, error)) (T, error) {
+// retry repeats op as p says. what names op in logs and events.
+func retry[T any](ctx context.Context, c *config, p RetryPolicy, what string, op func(ctx context.Context) (T, error)) (T, error) {
 	var zero T
 	if ctx.Err() != nil {
-		return zero, ended(ctx)
+		return zero, contextError(ctx)
 	}
-	p, start := c.retry.withDefaults(), time.Now()
+	p, start := p.withDefaults(), time.Now()
 	var last error
 	for attempt := 1; ; attempt++ {
 		if c.client != nil && c.client.Ctx().Err() != nil {
@@ -125,34 +126,32 @@ func retry[T any](ctx context.Context, c *config, op func(ctx context.Context) (
 			timeout = min(timeout, p.Elapsed-time.Since(start))
 		}
 		if timeout <= 0 { // overslept
-			return zero, gaveUp(attempt-1, start, last)
+			return zero, attemptsExhausted(attempt-1, start, last)
 		}
-		v, timedOut, err := try(ctx, timeout, op)
+		v, timedOut, err := attemptOnce(ctx, timeout, op)
 		if err == nil {
 			return v, nil
 		}
 		if ctx.Err() != nil {
-			return zero, endedDuring(ctx, err)
+			return zero, withContextError(ctx, err)
 		}
-		if !p.again(err, timedOut) || c.refusedToken(err) {
+		if !p.shouldRetry(err, timedOut) || c.refusedToken(err) {
 			return zero, err
 		}
 		delay := p.backoff(attempt)
 		if attempt == p.Attempts || p.Elapsed > 0 && time.Since(start)+delay >= p.Elapsed {
-			return zero, gaveUp(attempt, start, err)
+			return zero, attemptsExhausted(attempt, start, err)
 		}
 		last = err
-		if attempt == 1 {
-			c.logger.Warn("etcdutil: retrying", "error", err)
-		}
+		c.reporter.retrying(RetryEvent{Op: what, Attempt: attempt, Err: err})
 		if sleep(ctx, delay); ctx.Err() != nil {
-			return zero, endedDuring(ctx, err)
+			return zero, withContextError(ctx, err)
 		}
 		c.reconnect()
 	}
 }
 
-func gaveUp(attempts int, start time.Time, err error) error {
+func attemptsExhausted(attempts int, start time.Time, err error) error {
 	if err == nil { // no attempt was made
 		err = context.DeadlineExceeded
 	}
@@ -161,20 +160,20 @@ func gaveUp(attempts int, start time.Time, err error) error {
 
 // refusedToken reports whether err is the refusal of a token that the client cannot renew.
 func (c *config) refusedToken(err error) bool {
-	return c.client != nil && c.client.Token != "" && failureOf(err).code == codes.Unauthenticated
+	return c.client != nil && c.client.Token != "" && statusOf(err).code == codes.Unauthenticated
 }
 
 var errClientClosed = errors.New("etcdutil: the client is closed")
 
-// try makes one attempt. timedOut says that it was the attempt's own timeout that ended it.
-func try[T any](ctx context.Context, timeout time.Duration, op func(ctx context.Context) (T, error)) (v T, timedOut bool, err error) {
+// attemptOnce makes one attempt. timedOut says that it was the attempt's own timeout that ended it.
+func attemptOnce[T any](ctx context.Context, timeout time.Duration, op func(ctx context.Context) (T, error)) (v T, timedOut bool, err error) {
 	attempt, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	v, err = op(attempt)
-	return v, isContextEnd(err) && attempt.Err() != nil, err
+	return v, isContextError(err) && attempt.Err() != nil, err
 }
 
-func (p RetryPolicy) again(err error, timedOut bool) bool {
+func (p RetryPolicy) shouldRetry(err error, timedOut bool) bool {
 	if p.DefiniteOnly && (timedOut || IsAmbiguous(err)) {
 		return false
 	}
@@ -189,22 +188,14 @@ func (c *config) reconnect() {
 	}
 }
 
-// endedDuring is the error for a ctx that ended an operation, whose own last error was err.
-func endedDuring(ctx context.Context, err error) error {
-	if cause := ended(ctx); !errors.Is(err, cause) {
-		return fmt.Errorf("%w: %w", cause, err)
-	}
-	return err
-}
-
 // IsTransient reports whether an idempotent operation that failed with err is worth another try: the server or the way
 // to it was at fault, and may have recovered. The caller's own end (context.Canceled, context.DeadlineExceeded) is not
 // transient, nor is nil.
 func IsTransient(err error) bool {
-	if err == nil || isContextEnd(err) {
+	if err == nil || isContextError(err) {
 		return false
 	}
-	f := failureOf(err)
+	f := statusOf(err)
 	switch {
 	case f.message == clientClosing:
 		return false
@@ -224,10 +215,10 @@ func IsAmbiguous(err error) bool {
 	if err == nil {
 		return false
 	}
-	if isContextEnd(err) || errors.Is(err, ErrUnknownOutcome) {
+	if isContextError(err) || errors.Is(err, ErrUnknownOutcome) {
 		return true
 	}
-	f := failureOf(err)
+	f := statusOf(err)
 	if definiteMessages[f.message] {
 		return false
 	}
@@ -240,10 +231,6 @@ func IsAmbiguous(err error) bool {
 		return !strings.HasPrefix(f.message, sendTooLarge)
 	}
 	return false
-}
-
-func isContextEnd(err error) bool {
-	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 const (
@@ -284,9 +271,9 @@ type failure struct {
 	message string
 }
 
-// failureOf finds them in what clientv3 returns: its EtcdError has a code but no gRPC status, what it does not know it
+// statusOf finds them in what clientv3 returns: its EtcdError has a code but no gRPC status, what it does not know it
 // returns as the status it got.
-func failureOf(err error) failure {
+func statusOf(err error) failure {
 	if e, ok := errors.AsType[rpctypes.EtcdError](err); ok {
 		return failure{e.Code(), e.Error()}
 	}

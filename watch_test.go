@@ -806,7 +806,7 @@ func TestWatchThatIsPutOffForItsReaderHasNotFailed(t *testing.T) {
 	for range 5 {
 		mustPut(t, client, nameOf(t), strings.Repeat("x", 1_000_000))
 	}
-	f := newFeed(t.Context(), nameOf(t), &watchConfig{config: config{client: client, logger: discard}})
+	f := newFeed(t.Context(), nameOf(t), &watchConfig{config: newConfig(client)})
 	f.next = first
 	heard, err := f.watch()
 	require.Equal(t, errAhead, err)

@@ -24,21 +24,21 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	unfenced-commit) # compares nothing
 		expected='lock-set: .* are lost|register: '
-		replace lock.go 'l.transact(ctx, c, []clientv3.Cmp{l.isCurrent()}, then)' 'l.transact(ctx, c, nil, then)'
-		replace lock.go 'clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(l.key))'
+		replace lock_commit.go 'l.transact(ctx, policy, []clientv3.Cmp{l.isCurrent()}, then)' 'l.transact(ctx, policy, nil, then)'
+		replace lock_commit.go 'clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(l.key))'
 		;;
 	release-on-parent-end) # while the work still winds down
 		expected='exclusion: .* two held it'
-		replace lock.go 'l.config.logger.Info("etcdutil: lock acquired"' \
-			'context.AfterFunc(ctx, func() { _ = l.Close() }); l.config.logger.Info("etcdutil: lock acquired"'
+		replace lock.go 'l.config.reporter.lockAcquired(' \
+			'context.AfterFunc(ctx, func() { _ = l.Close() }); l.config.reporter.lockAcquired('
 		;;
 	resume-at-last) # and not after it
 		expected='watch: .* it came twice'
-		replace watch.go 'f.next, f.seen = upTo+1, ' 'f.next, f.seen = upTo, '
+		replace watch_reflector.go 'f.next, f.seen = upTo+1, ' 'f.next, f.seen = upTo, '
 		;;
 	no-create-revision) # takes a key that is used again for the one that it waits for
 		expected='liveness: .* exclusion/reused'
-		replace lock.go 'now[0].CreateRevision == older.CreateRevision && ' ''
+		replace lock_queue.go 'now[0].CreateRevision == older.CreateRevision && ' ''
 		;;
 	*) fail "$1: no such breakage" ;;
 	esac
