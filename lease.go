@@ -40,8 +40,9 @@ type Lease struct {
 	refusal  error // why the server will not renew it
 	renew    *time.Timer
 	expire   *time.Timer
-	keys     map[string]*Lock // the keys in use, and by which lock; nil if that has ended
-	locks    int64            // that it has held
+	keys     map[string]bool // reserved by locks
+	reserved int64           // keys so far
+	locks    map[*Lock]struct{}
 
 	// stream and left are guarded by keepAlives, renewing by stream.mu.
 	stream   *keepAlive
@@ -183,7 +184,7 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 		max:      or(c.max, unlimited),
 	}
 	l.init(parent)
-	l.onStop = l.loseLocks
+	l.onStop = l.stopLocks
 	l.keep(g.since)
 	if lost := l.lost(); lost != nil {
 		l.stop()
@@ -320,53 +321,62 @@ func (l *Lease) release() error {
 // outlived is when a lease that is renewed no longer will have run out on the server.
 func (l *Lease) outlived() string { return time.Now().Add(l.ttl).Format(time.RFC3339) }
 
-// nonces is how many keys a lease uses in turn for the locks of one name, unless more are held at once. Every key that
-// was ever under a lock's name slows its queue down until etcd is compacted, which is why keys are used again at all.
-const nonces = 4
+// keysPerName limits the distinct keys that a lease uses for the locks of one name, unless more are
+// held at once. Deleted keys slow range reads until compaction, so keys are reused.
+const keysPerName = 4
 
-// takeKey gives the lock a key that no other lock on this lease has.
-func (l *Lease) takeKey(lock *Lock) {
+// reserveKey returns a key for a lock of this name that no other lock on this lease has.
+func (l *Lease) reserveKey(name string) string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.keys == nil {
-		l.keys = make(map[string]*Lock)
+		l.keys = make(map[string]bool)
 	}
-	l.locks++
-	lock.key = l.keyOf(lock.name, l.locks%nonces)
-	if _, used := l.keys[lock.key]; used {
-		lock.key = l.keyOf(lock.name, l.locks+nonces) // which was never used before
+	l.reserved++
+	key := l.lockKey(name, l.reserved%keysPerName)
+	if l.keys[key] {
+		key = l.lockKey(name, l.reserved+keysPerName) // which was never used before
 	}
-	l.keys[lock.key] = lock
+	l.keys[key] = true
+	return key
 }
 
-// loseLocks ends the lease's locks before it ends: the context of one may be a child of the lease's.
-func (l *Lease) loseLocks(cause error) {
-	l.mu.Lock()
-	locks := slices.Collect(maps.Values(l.keys))
-	l.mu.Unlock()
-	for _, lock := range locks {
-		if lock != nil {
-			lock.loseQuietly(cause)
-		}
-	}
-}
-
-func (l *Lease) keyOf(name string, nonce int64) string {
-	return prefix(name) + strconv.FormatInt(int64(l.id), 16) + "-" + strconv.FormatInt(nonce, 16)
-}
-
-// letGo forgets a lock that has ended, but not its key, which may still be there.
-func (l *Lease) letGo(lock *Lock) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.keys[lock.key] = nil
-}
-
-// giveKey returns a key that is gone and cannot come back.
-func (l *Lease) giveKey(key string) {
+// freeKey allows a key that is gone and cannot come back to be reserved again.
+func (l *Lease) freeKey(key string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.keys, key)
+}
+
+func (l *Lease) lockKey(name string, nonce int64) string {
+	return prefix(name) + strconv.FormatInt(int64(l.id), 16) + "-" + strconv.FormatInt(nonce, 16)
+}
+
+// addLock has the lock stopped before the lease's own context ends, until removeLock.
+func (l *Lease) addLock(lock *Lock) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.locks == nil {
+		l.locks = make(map[*Lock]struct{})
+	}
+	l.locks[lock] = struct{}{}
+}
+
+func (l *Lease) removeLock(lock *Lock) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.locks, lock)
+}
+
+// stopLocks stops the lease's locks before the lease ends: the context of one may be a child of the
+// lease's.
+func (l *Lease) stopLocks(cause error) {
+	l.mu.Lock()
+	locks := slices.Collect(maps.Keys(l.locks))
+	l.mu.Unlock()
+	for _, lock := range locks {
+		lock.markLostNoLog(cause)
+	}
 }
 
 // keep arms the lease's two timers. They are its only means: it needs no goroutine.

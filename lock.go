@@ -281,7 +281,8 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 		l.waiting.Elapsed = -1
 	}
 	l.init(context.WithValue(parent, lockKey{}, l))
-	lease.takeKey(l)
+	l.key = lease.reserveKey(name)
+	lease.addLock(l)
 	l.unhook = context.AfterFunc(lease.ctx, l.leaseEnded)
 	return l
 }
@@ -304,22 +305,22 @@ func (l *Lock) take(c *lockConfig, start time.Time, get func(l *Lock, ctx contex
 // that is lost or closed has taken its locks with it, unless they were only being made, but has not logged that.
 func (l *Lock) leaseEnded() {
 	if cause := context.Cause(l.lease.stopCtx); cause != nil {
-		l.lose(cause)
+		l.markLost(cause)
 		return
 	}
 	l.cancel(context.Cause(l.lease.ctx))
 }
 
-// lose ends the lock, because of its lease if cause is not nil, else because its key is gone, and logs that. A logger may block:
+// markLost ends the lock, because of its lease if cause is not nil, else because its key is gone, and logs that. A logger may block:
 // whoever ends several locks ends them all before.
-func (l *Lock) lose(cause error) {
-	l.loseQuietly(cause)
+func (l *Lock) markLost(cause error) {
+	l.markLostNoLog(cause)
 	if lost := context.Cause(l.stopCtx); errors.Is(lost, ErrLockLost) && l.logged.CompareAndSwap(false, true) {
 		l.config.reporter.lockLost(LockEvent{Name: l.name, Token: l.token, Err: lost})
 	}
 }
 
-func (l *Lock) loseQuietly(cause error) {
+func (l *Lock) markLostNoLog(cause error) {
 	if cause == nil {
 		l.shutdown(fmt.Errorf("%w: the key of %q was deleted", ErrLockLost, l.name))
 		return
@@ -331,7 +332,7 @@ func (l *Lock) loseQuietly(cause error) {
 // work may wind down after the parent's end.
 func (l *Lock) lost() error {
 	if cause := l.lease.lost(); cause != nil {
-		l.lose(cause)
+		l.markLost(cause)
 	}
 	return context.Cause(l.stopCtx)
 }
@@ -347,7 +348,7 @@ func (l *Lock) abandon() {
 				revokeInBackground(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, lateWindow))
 			}
 		case l.token == 0 && !l.doubt: // nothing was written
-			l.lease.giveKey(l.key)
+			l.lease.freeKey(l.key)
 		default:
 			l.sweepKey()
 		}
@@ -409,7 +410,7 @@ func (l *Lock) keyGone() error {
 	if lost := l.lost(); lost != nil {
 		return lost
 	}
-	l.lose(nil)
+	l.markLost(nil)
 	return l.lost()
 }
 
@@ -532,7 +533,7 @@ func (l *Lock) release() error {
 // stop ends what the lock has started. Its context has ended.
 func (l *Lock) stop() {
 	l.unhook()
-	l.lease.letGo(l)
+	l.lease.removeLock(l)
 	if l.watch != nil && l.watch.Stop() {
 		l.watching.Done()
 	}
@@ -546,7 +547,7 @@ func (l *Lock) deleteKey() error {
 	if err != nil || l.doubt {
 		go l.sweepKey() // until the lease ends, at the latest
 	} else {
-		l.lease.giveKey(l.key)
+		l.lease.freeKey(l.key)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: lock %q is not confirmed released; its key is deleted when etcd can be reached, or is gone by %s with its lease: %w",
@@ -577,7 +578,7 @@ func (l *Lock) sweepKey() {
 	removeRepeatedly(ctx, &l.config, "release lock", 0, func(ctx context.Context) error {
 		_, err := l.deleteOwn(ctx)
 		if err == nil {
-			l.lease.giveKey(l.key)
+			l.lease.freeKey(l.key)
 		}
 		return err
 	})

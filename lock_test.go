@@ -584,7 +584,7 @@ func TestLeaseUsesFewKeysForTheLocksOfOneName(t *testing.T) {
 		used[lock.Key()] = true
 		require.NoError(t, lock.Close())
 	}
-	require.Len(t, used, nonces)
+	require.Len(t, used, keysPerName)
 	holder := mustAcquire(t, client, nameOf(t), WithLease(lease))
 	for range 10 {
 		// To give up before the write is answered would leave it in doubt, and such a key is not used again.
@@ -941,7 +941,7 @@ func TestKeyThatSomebodyHasTakenTheLeaseFromIsNoLock(t *testing.T) {
 	_, err = lock.Commit(t.Context())
 	require.ErrorIs(t, err, ErrLockLost)
 	require.ErrorIs(t, lock.Close(), ErrLockLost)
-	for range 2 * nonces {
+	for range 2 * keysPerName {
 		next := mustAcquire(t, client, nameOf(t), WithLease(lease))
 		alive, err := next.Alive(t.Context())
 		require.NoError(t, err)
