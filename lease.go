@@ -33,21 +33,17 @@ type Lease struct {
 	closing  sync.Once
 	closeErr error
 
-	mu       sync.Mutex
+	renewal renewal  // its place in the renewal stream
+	slots   keySlots // the keys that its locks use
+	locks   lockSet  // to be stopped before its own context is canceled
+
+	mu       sync.Mutex // guards what follows
 	expiry   time.Time
 	renewals int
-	late     bool  // a renewal is overdue, and that has been logged
-	refusal  error // why the server will not renew it
+	late     bool  // a renewal is late, and that has been logged
+	denial   error // why the server will not renew the lease
 	renew    *time.Timer
 	expire   *time.Timer
-	keys     map[string]bool // reserved by locks
-	reserved int64           // keys so far
-	locks    map[*Lock]struct{}
-
-	// stream and left are guarded by keepAlives, renewing by stream.mu.
-	stream   *keepAlive
-	left     bool
-	renewing bool
 }
 
 const unlimited = -1
@@ -183,11 +179,12 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 		margin:   margin,
 		max:      or(c.max, unlimited),
 	}
+	l.renewal.lease = l
 	l.init(parent)
-	l.onStop = l.stopLocks
-	l.keep(g.since)
-	if lost := l.lost(); lost != nil {
-		l.stop()
+	l.onStop = l.locks.markLost
+	l.startTimers(g.since)
+	if lost := l.stopCause(); lost != nil {
+		l.stopTimers()
 		revokeInBackground(ctx, &c.config, g.id, g.ttl, 0)
 		return nil, fmt.Errorf("etcdutil: grant lease: the answer came too late: %w", lost)
 	}
@@ -300,10 +297,10 @@ func (l *Lease) Close() error {
 }
 
 func (l *Lease) release() error {
-	lost := l.lost()
+	lost := l.stopCause()
 	l.shutdown(ErrClosed)
-	l.stop()
-	l.awaitStream()
+	l.stopTimers()
+	l.renewal.awaitStream()
 	if lost != nil {
 		return lost
 	}
@@ -315,83 +312,36 @@ func (l *Lease) release() error {
 		return nil
 	}
 	return fmt.Errorf("%w: lease %x is not confirmed revoked; it will have run out by %s: %w",
-		ErrUnknownOutcome, int64(l.id), l.outlived(), err)
+		ErrUnknownOutcome, int64(l.id), l.serverExpiry(), err)
 }
 
-// outlived is when a lease that is renewed no longer will have run out on the server.
-func (l *Lease) outlived() string { return time.Now().Add(l.ttl).Format(time.RFC3339) }
-
-// keysPerName limits the distinct keys that a lease uses for the locks of one name, unless more are
-// held at once. Deleted keys slow range reads until compaction, so keys are reused.
-const keysPerName = 4
+// serverExpiry returns when a lease that is renewed no longer will have expired on the server.
+func (l *Lease) serverExpiry() string { return time.Now().Add(l.ttl).Format(time.RFC3339) }
 
 // reserveKey returns a key for a lock of this name that no other lock on this lease has.
-func (l *Lease) reserveKey(name string) string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.keys == nil {
-		l.keys = make(map[string]bool)
-	}
-	l.reserved++
-	key := l.lockKey(name, l.reserved%keysPerName)
-	if l.keys[key] {
-		key = l.lockKey(name, l.reserved+keysPerName) // which was never used before
-	}
-	l.keys[key] = true
-	return key
-}
+func (l *Lease) reserveKey(name string) string { return l.slots.reserve(name, l.id) }
 
 // freeKey allows a key that is gone and cannot come back to be reserved again.
-func (l *Lease) freeKey(key string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.keys, key)
-}
+func (l *Lease) freeKey(key string) { l.slots.free(key) }
 
-func (l *Lease) lockKey(name string, nonce int64) string {
-	return prefix(name) + strconv.FormatInt(int64(l.id), 16) + "-" + strconv.FormatInt(nonce, 16)
-}
+// addLock has the lock stopped before the lease's own context is canceled, until removeLock.
+func (l *Lease) addLock(lock *Lock) { l.locks.add(lock) }
 
-// addLock has the lock stopped before the lease's own context ends, until removeLock.
-func (l *Lease) addLock(lock *Lock) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.locks == nil {
-		l.locks = make(map[*Lock]struct{})
-	}
-	l.locks[lock] = struct{}{}
-}
+func (l *Lease) removeLock(lock *Lock) { l.locks.remove(lock) }
 
-func (l *Lease) removeLock(lock *Lock) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.locks, lock)
-}
-
-// stopLocks stops the lease's locks before the lease ends: the context of one may be a child of the
-// lease's.
-func (l *Lease) stopLocks(cause error) {
-	l.mu.Lock()
-	locks := slices.Collect(maps.Keys(l.locks))
-	l.mu.Unlock()
-	for _, lock := range locks {
-		lock.markLostNoLog(cause)
-	}
-}
-
-// keep arms the lease's two timers. They are its only means: it needs no goroutine.
-func (l *Lease) keep(since time.Time) {
+// startTimers starts the lease's two timers, which are all that it needs: it has no goroutine.
+func (l *Lease) startTimers(since time.Time) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.expiry = since.Add(l.ttl - l.margin)
-	l.expire = time.AfterFunc(time.Until(l.expiry), l.expired)
+	l.expire = time.AfterFunc(time.Until(l.expiry), l.handleExpiry)
 	if l.max != 0 {
-		l.renew = time.AfterFunc(time.Until(since.Add(l.interval)), l.renewalDue)
+		l.renew = time.AfterFunc(time.Until(since.Add(l.interval)), l.scheduleRenewal)
 		context.AfterFunc(l.ctx, l.stopRenewing)
 	}
 }
 
-func (l *Lease) stop() {
+func (l *Lease) stopTimers() {
 	l.mu.Lock()
 	l.expire.Stop()
 	l.mu.Unlock()
@@ -404,48 +354,49 @@ func (l *Lease) stopRenewing() {
 		l.renew.Stop()
 	}
 	l.mu.Unlock()
-	l.leave()
+	l.renewal.detach()
 }
 
-// renewalDue runs when it is time to renew, and again while no answer has come.
-func (l *Lease) renewalDue() {
-	stream := l.join()
-	if stream == nil {
-		return
-	}
+// scheduleRenewal runs when it is time to renew, and again while no answer has come.
+func (l *Lease) scheduleRenewal() {
+	timeout := l.answerTimeout()
 	l.mu.Lock()
-	l.renew.Reset(l.patience())
+	l.renew.Reset(timeout)
 	l.mu.Unlock()
-	if late := stream.request(l); late && l.firstLate() {
+	// The request has waited a little less than its lease.
+	if late := l.renewal.schedule(timeout * 3 / 4); late {
+		l.markLate()
+	}
+}
+
+// answerTimeout returns when an answer is late. It does not follow a short interval: one lease could
+// have everybody's stream reopened faster than it is answered.
+func (l *Lease) answerTimeout() time.Duration { return l.ttl / 3 }
+
+// markLate logs the first of the times that a renewal is found late.
+func (l *Lease) markLate() {
+	l.mu.Lock()
+	first := !l.late
+	l.late = true
+	l.mu.Unlock()
+	if first {
 		l.config.reporter.renewalLate(l.id, l.Expiry())
 	}
 }
 
-// patience is how often to look whether an answer is late. It does not follow a short interval, or one lease could have
-// everybody's stream reopened faster than it is answered.
-func (l *Lease) patience() time.Duration { return l.ttl / 3 }
-
-func (l *Lease) firstLate() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	first := !l.late
-	l.late = true
-	return first
-}
-
-// renewed takes the answer to a renewal that was sent at sent.
-func (l *Lease) renewed(sent time.Time, ttl time.Duration) {
+// handleRenewal takes the answer to the renewal that was sent at sentAt.
+func (l *Lease) handleRenewal(sentAt time.Time, ttl time.Duration) {
 	if ttl <= 0 {
-		l.lose(ErrLeaseRevoked)
+		l.markLost(ErrLeaseRevoked)
 		return
 	}
-	if !l.extend(sent, ttl) {
+	if !l.extend(sentAt, ttl) {
 		l.stopRenewing()
 	}
 }
 
 // extend reports whether the lease is to be renewed again.
-func (l *Lease) extend(sent time.Time, ttl time.Duration) (again bool) {
+func (l *Lease) extend(sentAt time.Time, ttl time.Duration) (again bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.stopCtx.Err() != nil || l.renewals == l.max { // nor if one more was under way
@@ -453,43 +404,43 @@ func (l *Lease) extend(sent time.Time, ttl time.Duration) (again bool) {
 	}
 	l.late = false
 	l.renewals++
-	if expiry := sent.Add(ttl - l.margin); expiry.After(l.expiry) {
+	if expiry := sentAt.Add(ttl - l.margin); expiry.After(l.expiry) {
 		l.expiry = expiry
 		l.expire.Reset(time.Until(expiry))
 	}
 	if l.renewals == l.max || l.ctx.Err() != nil {
 		return false
 	}
-	l.renew.Reset(time.Until(sent.Add(l.interval)))
+	l.renew.Reset(time.Until(sentAt.Add(l.interval)))
 	return true
 }
 
-// refused is told that the server will not renew the lease: it runs out, without keeping the others from theirs.
-func (l *Lease) refused(err error) {
+// handleDenied takes the server's refusal to renew the lease. The lease expires.
+func (l *Lease) handleDenied(err error) {
 	l.config.reporter.renewalDenied(l.id, l.Expiry(), err)
 	l.mu.Lock()
-	l.refusal = err
+	l.denial = err
 	l.mu.Unlock()
 	l.stopRenewing()
 }
 
-func (l *Lease) expired() {
+func (l *Lease) handleExpiry() {
 	l.mu.Lock()
-	left, refusal := time.Until(l.expiry), l.refusal
+	left, denial := time.Until(l.expiry), l.denial
 	if left > 0 { // renewed while this timer fired
 		l.expire.Reset(left)
 	}
 	l.mu.Unlock()
 	switch {
 	case left > 0:
-	case refusal != nil:
-		l.lose(fmt.Errorf("%w: %w", ErrLeaseExpired, refusal))
+	case denial != nil:
+		l.markLost(fmt.Errorf("%w: %w", ErrLeaseExpired, denial))
 	default:
-		l.lose(ErrLeaseExpired)
+		l.markLost(ErrLeaseExpired)
 	}
 }
 
-func (l *Lease) lose(cause error) {
+func (l *Lease) markLost(cause error) {
 	if !l.shutdown(cause) {
 		return
 	}
@@ -499,11 +450,90 @@ func (l *Lease) lose(cause error) {
 	l.config.reporter.leaseLost(l.id, cause)
 }
 
-// lost is why the lease no longer surely has its keys: it was lost or closed, or its time is over, even if the timer
-// that is to say so is late. It is nil while the work may wind down after the parent's end.
-func (l *Lease) lost() error {
+// stopCause returns why the lease no longer surely has its keys: it was lost or closed, or its time
+// is over although the timer is late. It returns nil while work winds down after the parent's end.
+func (l *Lease) stopCause() error {
 	if !time.Now().Before(l.Expiry()) {
-		l.expired()
+		l.handleExpiry()
 	}
 	return context.Cause(l.stopCtx)
+}
+
+// keysPerName limits the distinct keys that a lease uses for the locks of one name, unless more are
+// held at once. Deleted keys slow range reads until compaction, so keys are reused.
+const keysPerName = 4
+
+// keySlots hands out the keys of a lease's locks.
+type keySlots struct {
+	mu       sync.Mutex
+	reserved map[string]bool
+	count    int64 // of all reservations
+}
+
+// reserve returns a key that is not reserved.
+func (s *keySlots) reserve(name string, id clientv3.LeaseID) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.reserved == nil {
+		s.reserved = make(map[string]bool)
+	}
+	s.count++
+	key := slotKey(name, id, s.count%keysPerName)
+	if s.reserved[key] {
+		key = slotKey(name, id, s.count+keysPerName) // which was never used before
+	}
+	s.reserved[key] = true
+	return key
+}
+
+func (s *keySlots) free(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.reserved, key)
+}
+
+func (s *keySlots) len() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.reserved)
+}
+
+// slotKey returns the key of a lock: the nonce makes it unique among the locks of a lease.
+func slotKey(name string, id clientv3.LeaseID, nonce int64) string {
+	return prefix(name) + hexID(id) + "-" + strconv.FormatInt(nonce, 16)
+}
+
+// lockSet has the locks that stop before their lease: the context of one may be a child of the
+// lease's.
+type lockSet struct {
+	mu    sync.Mutex
+	locks map[*Lock]struct{}
+}
+
+func (s *lockSet) add(lock *Lock) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.locks == nil {
+		s.locks = make(map[*Lock]struct{})
+	}
+	s.locks[lock] = struct{}{}
+}
+
+func (s *lockSet) remove(lock *Lock) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.locks, lock)
+}
+
+func (s *lockSet) all() []*Lock {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Keys(s.locks))
+}
+
+// markLost stops all locks, and does not log that.
+func (s *lockSet) markLost(cause error) {
+	for _, lock := range s.all() {
+		lock.markLostNoLog(cause)
+	}
 }

@@ -13,128 +13,150 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// keepAlive renews the leases of one client over one stream. clientv3 has such a stream, but does not tell when a renewal
-// was sent; its KeepAliveOnce spins while the server is unavailable.
+// renewStream renews the leases of one client over one stream. clientv3's own stream does not report
+// when it sent a renewal, and its KeepAliveOnce spins while the server is unavailable.
 //
-// Its goroutine is started by the first renewal that is due and ended by the last lease to leave.
-type keepAlive struct {
-	client  *clientv3.Client
-	members int // guarded by keepAlives
-	ctx     context.Context
-	end     context.CancelFunc
-	done    chan struct{}
-	wake    chan struct{} // due has grown
+// The first renewal that is due starts the stream, and the last lease to detach ends it.
+type renewStream struct {
+	client *clientv3.Client
+	refs   int // guarded by renewStreams
+	ctx    context.Context
+	cancel context.CancelFunc
+	done   chan struct{}
+	wake   chan struct{} // due has grown
 
 	// mu is never held while sending or receiving.
-	mu      sync.Mutex
-	due     []*Lease  // to be sent
-	pending []renewal // sent and unanswered, in the order of their answers
-	heard   time.Time // when the stream was opened or last gave an answer
-	member  string    // at the other end of it
-	stuck   string    // the member that last owed an answer for too long, until there is one
-	reopen  context.CancelFunc
-
-	fruitless int // times that the stream was reopened since the last answer
+	mu           sync.Mutex
+	due          []*renewal // to be sent
+	pending      []*renewal // sent and unanswered, the oldest first
+	lastAnswerAt time.Time  // or when the stream was opened
+	member       string     // at the other end of the stream
+	stuckMember  string     // the member that last owed an answer for too long; "" after an answer
+	reopen       context.CancelFunc
+	reopens      int // since the last answer
 }
 
-// A renewal is one request to renew.
+// renewal is a lease's place in the stream of its client.
 type renewal struct {
 	lease *Lease
-	sent  time.Time
+
+	// Guarded by renewStreams.
+	stream   *renewStream // nil until the first renewal is due
+	detached bool
+
+	// Guarded by the stream's mutex.
+	state  renewalState
+	sentAt time.Time
 }
 
-// keepAlives has the stream of each client that has leases to renew. It guards who is a member of which.
-var keepAlives = struct {
+type renewalState int
+
+const (
+	renewalIdle    renewalState = iota
+	renewalDue                  // in renewStream.due
+	renewalPending              // in renewStream.pending
+)
+
+// renewStreams has the stream of each client that has leases to renew. Its mutex guards which leases are
+// attached to which stream.
+var renewStreams = struct {
 	sync.Mutex
-	of map[*clientv3.Client]*keepAlive
-}{of: make(map[*clientv3.Client]*keepAlive)}
+	byClient map[*clientv3.Client]*renewStream
+}{byClient: make(map[*clientv3.Client]*renewStream)}
 
-// join makes the lease a member of its client's stream; nil if its context has ended.
-func (l *Lease) join() *keepAlive {
-	keepAlives.Lock()
-	defer keepAlives.Unlock()
-	if l.left || l.Err() != nil {
-		return nil
+// schedule has the lease renewed. It reports whether an earlier renewal is unanswered: then it sends
+// no second one, but reopens the stream if its member has owed an answer for as long as patience.
+func (r *renewal) schedule(patience time.Duration) (late bool) {
+	s := r.attach()
+	if s == nil {
+		return false
 	}
-	if l.stream == nil {
-		l.stream = streamOf(l.config.client)
-		l.stream.members++
-	}
-	return l.stream
-}
-
-func streamOf(client *clientv3.Client) *keepAlive {
-	k := keepAlives.of[client]
-	if k == nil {
-		k = &keepAlive{client: client, done: make(chan struct{}), wake: make(chan struct{}, 1)}
-		k.ctx, k.end = context.WithCancel(clientv3.WithRequireLeader(context.Background()))
-		keepAlives.of[client] = k
-		go k.run() // until the last member leaves
-	}
-	return k
-}
-
-// leave ends the membership. The last to leave ends the stream.
-func (l *Lease) leave() {
-	keepAlives.Lock()
-	defer keepAlives.Unlock()
-	if k := l.stream; k != nil && !l.left {
-		if k.members--; k.members == 0 {
-			delete(keepAlives.of, k.client)
-			k.end()
-		}
-	}
-	l.left = true
-}
-
-// awaitStream waits for the stream to end, if the last member has left it.
-func (l *Lease) awaitStream() {
-	keepAlives.Lock()
-	k := l.stream
-	keepAlives.Unlock()
-	if k != nil && k.ctx.Err() != nil {
-		<-k.done
-	}
-}
-
-// request has the lease renewed. It reports whether an earlier renewal is unanswered: then this is no second one, but
-// the stream is reopened if the member behind it seems stuck, to reach another.
-func (k *keepAlive) request(l *Lease) (late bool) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if l.renewing {
-		k.leaveIfStuck(l.patience() * 3 / 4) // the request has waited a little less than its lease
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.state != renewalIdle {
+		s.reopenIfStuck(patience)
 		return true
 	}
-	l.renewing = true
-	k.due = append(k.due, l)
+	r.state = renewalDue
+	s.due = append(s.due, r)
 	select {
-	case k.wake <- struct{}{}:
+	case s.wake <- struct{}{}:
 	default:
 	}
 	return false
 }
 
-// leaveIfStuck reopens the stream if its member has owed an answer for as long as patience. That is doubled each time
-// without an answer, or a short lease could keep the others from answers that are slow to come.
-func (k *keepAlive) leaveIfStuck(patience time.Duration) {
-	patience <<= min(k.fruitless, 10)
-	if len(k.pending) == 0 || time.Since(k.heard) < patience || time.Since(k.pending[0].sent) < patience {
-		return
+// attach returns the client's stream, or nil if the lease is not to be renewed any more.
+func (r *renewal) attach() *renewStream {
+	renewStreams.Lock()
+	defer renewStreams.Unlock()
+	if r.detached || r.lease.Err() != nil {
+		return nil
 	}
-	k.fruitless++
-	k.stuck = k.member
-	k.reopen()
+	if r.stream == nil {
+		r.stream = streamOf(r.lease.config.client)
+		r.stream.refs++
+	}
+	return r.stream
 }
 
-func (k *keepAlive) run() {
-	defer close(k.done)
-	for failed := 0; k.awaitDue(); {
-		if failed > 0 {
-			sleep(k.ctx, k.pause(failed))
-			k.client.ActiveConnection().ResetConnectBackoff()
+func streamOf(client *clientv3.Client) *renewStream {
+	s := renewStreams.byClient[client]
+	if s == nil {
+		s = &renewStream{client: client, done: make(chan struct{}), wake: make(chan struct{}, 1)}
+		s.ctx, s.cancel = context.WithCancel(clientv3.WithRequireLeader(context.Background()))
+		renewStreams.byClient[client] = s
+		go s.run() // until the last lease detaches
+	}
+	return s
+}
+
+// detach ends the renewals of a lease. The last lease to detach ends the stream.
+func (r *renewal) detach() {
+	renewStreams.Lock()
+	defer renewStreams.Unlock()
+	if s := r.stream; s != nil && !r.detached {
+		if s.refs--; s.refs == 0 {
+			delete(renewStreams.byClient, s.client)
+			s.cancel()
 		}
-		if answered := k.serve(k.openingPatience(failed)); answered {
+	}
+	r.detached = true
+}
+
+// awaitStream waits for the stream to end, if the last lease has detached from it.
+func (r *renewal) awaitStream() {
+	renewStreams.Lock()
+	s := r.stream
+	renewStreams.Unlock()
+	if s != nil && s.ctx.Err() != nil {
+		<-s.done
+	}
+}
+
+// reopenIfStuck reopens the stream if its member has owed an answer for as long as patience. Patience
+// doubles with each time without an answer: a short lease must not keep the others from answers that
+// are slow to come.
+func (s *renewStream) reopenIfStuck(patience time.Duration) {
+	patience <<= min(s.reopens, 10)
+	if len(s.pending) == 0 || time.Since(s.lastAnswerAt) < patience || time.Since(s.pending[0].sentAt) < patience {
+		return
+	}
+	s.reopens++
+	s.stuckMember = s.member
+	s.reopen()
+}
+
+// run opens streams one after the other. A stream that breaks while nothing is due is not missed.
+func (s *renewStream) run() {
+	defer close(s.done)
+	policy, failed := RetryPolicy{}.withDefaults(), 0
+	for s.waitDue() {
+		if failed > 0 {
+			sleep(s.ctx, s.reopenDelay(policy.backoff(failed)))
+			s.client.ActiveConnection().ResetConnectBackoff()
+		}
+		if s.runStream(s.openTimeout(failed)) {
 			failed = 0
 		} else {
 			failed++
@@ -142,87 +164,89 @@ func (k *keepAlive) run() {
 	}
 }
 
-// awaitDue waits until there is something to renew: a stream that breaks while idle is not missed. It reports false when
-// the last member has left.
-func (k *keepAlive) awaitDue() bool {
-	for k.ctx.Err() == nil {
-		if k.gather() {
+// waitDue waits until there is a lease to renew. It returns false when the last one has detached.
+func (s *renewStream) waitDue() bool {
+	for s.ctx.Err() == nil {
+		if s.requeue() {
 			return true
 		}
 		select {
-		case <-k.wake:
-		case <-k.ctx.Done():
+		case <-s.wake:
+		case <-s.ctx.Done():
 		}
 	}
 	return false
 }
 
-// gather readies what a stream that has ended leaves to the next: what it owed is due again, the most urgent first, and
-// what has expired meanwhile is forgotten. It reports whether anything is due.
-func (k *keepAlive) gather() bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, r := range k.pending {
-		k.due = append(k.due, r.lease)
+// requeue makes due again what the last stream left unanswered, and drops what has expired. The lease
+// that expires first comes first. It reports whether anything is due.
+func (s *renewStream) requeue() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.pending {
+		r.state = renewalDue
 	}
-	k.pending = nil
-	k.due = slices.DeleteFunc(k.due, (*Lease).forgoRenewal)
-	expiry := make(map[*Lease]time.Time, len(k.due))
-	for _, l := range k.due {
-		expiry[l] = l.Expiry()
+	s.due = append(s.due, s.pending...)
+	s.pending = nil
+	s.due = slices.DeleteFunc(s.due, (*renewal).dropIfExpired)
+	expiry := make(map[*renewal]time.Time, len(s.due))
+	for _, r := range s.due {
+		expiry[r] = r.lease.Expiry()
 	}
-	slices.SortFunc(k.due, func(a, b *Lease) int { return expiry[a].Compare(expiry[b]) })
-	return len(k.due) > 0
+	slices.SortFunc(s.due, func(a, b *renewal) int { return expiry[a].Compare(expiry[b]) })
+	return len(s.due) > 0
 }
 
-// forgoRenewal reports whether the lease is not to be renewed any more. The server would let a whole stream wait for one
-// lease that it is about to revoke.
-func (l *Lease) forgoRenewal() bool {
-	if l.Err() == nil && time.Now().Before(l.Expiry()) {
+// dropIfExpired reports whether the lease is not to be renewed any more. The server would block the
+// whole stream for one lease that it is about to revoke.
+func (r *renewal) dropIfExpired() bool {
+	if r.lease.Err() == nil && time.Now().Before(r.lease.Expiry()) {
 		return false
 	}
-	l.renewing = false
+	r.state = renewalIdle
 	return true
 }
 
-// pause is how long to wait before the stream is reopened. It backs off, but not so far that a fault which ends just
-// before a lease does goes unnoticed: the next attempts come within a quarter of the time that is left.
-func (k *keepAlive) pause(failed int) time.Duration {
-	backoff := RetryPolicy{}.withDefaults().backoff(failed)
-	return max(min(backoff, k.left()/8), time.Millisecond)
+// untilExpiry returns how long the first lease in due has left: after requeue, the least of all.
+func (s *renewStream) untilExpiry() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.due) == 0 {
+		return 0
+	}
+	return time.Until(s.due[0].lease.Expiry())
 }
 
-// left is the time until the first of the leases that are due expires. gather has sorted them.
-func (k *keepAlive) left() time.Duration {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return time.Until(k.due[0].Expiry())
+// reopenDelay bounds how long the stream waits before it reopens: it tries several times within the
+// time that is left, so that a fault which ends just before a lease does costs nothing.
+func (s *renewStream) reopenDelay(backoff time.Duration) time.Duration {
+	return max(min(backoff, s.untilExpiry()/8), time.Millisecond)
 }
 
-// openingPatience is how long to wait for a stream to open. That can block on a token, which clientv3 fetches anew for every
-// stream: the member that is asked may be stuck, or just slow, for making tokens is meant to be. So the patience grows, as
-// far as the time that is left allows another attempt.
-func (k *keepAlive) openingPatience(failed int) time.Duration {
-	return max(min(k.left()/2, 2*time.Second<<min(failed, 10)), time.Second)
+// openTimeout returns how long the stream may take to open. clientv3 fetches a new token for every
+// stream, which takes long by design, and the member that it asks may be stuck. So the timeout grows,
+// and leaves time for another attempt.
+func (s *renewStream) openTimeout(failed int) time.Duration {
+	return max(min(s.untilExpiry()/2, 2*time.Second<<min(failed, 10)), time.Second)
 }
 
-// serve opens a stream and runs it until it fails. It reports whether the failure is no reason to back off.
-func (k *keepAlive) serve(patience time.Duration) (answered bool) {
-	ctx, cancel := context.WithCancel(k.ctx)
+// runStream opens a stream and runs it until it fails. It reports whether it had an answer.
+func (s *renewStream) runStream(openTimeout time.Duration) (answered bool) {
+	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	opening := time.AfterFunc(patience, cancel)
-	stream, err := k.open(ctx)
+	opening := time.AfterFunc(openTimeout, cancel)
+	stream, err := s.open(ctx)
 	opening.Stop()
 	if err != nil {
 		return false
 	}
-	k.opened(stream, cancel)
+	s.setOpen(stream, cancel)
 	sending := make(chan struct{})
 	go func() { // until ctx ends
 		defer close(sending)
-		k.send(ctx, stream)
+		s.send(ctx, stream)
 	}()
-	answered = k.receive(stream)
+	answered = s.receive(stream)
 	cancel()
 	<-sending
 	return answered
@@ -230,18 +254,18 @@ func (k *keepAlive) serve(patience time.Duration) (answered bool) {
 
 type keepAliveStream = etcdserverpb.Lease_LeaseKeepAliveClient
 
-// open opens a stream to another member than the one that is stuck, if it can: gRPC takes them in turn. A stream that it
-// does not take stays open, unused, until ctx ends.
-func (k *keepAlive) open(ctx context.Context) (keepAliveStream, error) {
-	remote, stuck := clientv3.RetryLeaseClient(k.client), k.stuckMember()
+// open opens a stream to another member than the stuck one, if it can: gRPC takes them in turn. The
+// streams that it does not use stay open until ctx ends.
+func (s *renewStream) open(ctx context.Context) (keepAliveStream, error) {
+	remote, stuck := clientv3.RetryLeaseClient(s.client), s.stuck()
 	stream, err := remote.LeaseKeepAlive(ctx)
-	for others := 2 * len(k.client.Endpoints()); others > 0 && err == nil && stuck != "" && memberOf(stream) == stuck; others-- {
+	for others := 2 * len(s.client.Endpoints()); others > 0 && err == nil && stuck != "" && memberOf(stream) == stuck; others-- {
 		stream, err = remote.LeaseKeepAlive(ctx)
 	}
 	return stream, err
 }
 
-// memberOf is the address at the other end of a stream.
+// memberOf returns the address at the other end of a stream.
 func memberOf(stream keepAliveStream) string {
 	p, ok := peer.FromContext(stream.Context())
 	if !ok {
@@ -250,96 +274,99 @@ func memberOf(stream keepAliveStream) string {
 	return p.Addr.String()
 }
 
-func (k *keepAlive) stuckMember() string {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.stuck
+func (s *renewStream) stuck() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.stuckMember
 }
 
-func (k *keepAlive) opened(stream keepAliveStream, reopen context.CancelFunc) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.heard = time.Now()
-	k.member = memberOf(stream)
-	k.reopen = reopen
+func (s *renewStream) setOpen(stream keepAliveStream, reopen context.CancelFunc) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastAnswerAt = time.Now()
+	s.member = memberOf(stream)
+	s.reopen = reopen
 }
 
 // send has a goroutine of its own, because flow control can block it.
-func (k *keepAlive) send(ctx context.Context, stream keepAliveStream) {
+func (s *renewStream) send(ctx context.Context, stream keepAliveStream) {
 	for ctx.Err() == nil {
-		if l := k.next(); l == nil {
+		if r := s.next(); r == nil {
 			select {
-			case <-k.wake:
+			case <-s.wake:
 			case <-ctx.Done():
 			}
-		} else if stream.Send(&etcdserverpb.LeaseKeepAliveRequest{ID: int64(l.id)}) != nil {
-			return // receive is told why
+		} else if stream.Send(&etcdserverpb.LeaseKeepAliveRequest{ID: int64(r.lease.id)}) != nil {
+			return // receive gets the reason
 		}
 	}
 }
 
-// next takes the next lease to renew, and notes the time: the answer will count from it.
-func (k *keepAlive) next() *Lease {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for len(k.due) > 0 {
-		l := k.due[0]
-		k.due = k.due[1:]
-		if !l.forgoRenewal() {
-			k.pending = append(k.pending, renewal{l, time.Now()})
-			return l
+// next takes the next renewal to send, and notes the time: its answer will count from it.
+func (s *renewStream) next() *renewal {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for len(s.due) > 0 {
+		r := s.due[0]
+		s.due = s.due[1:]
+		if !r.dropIfExpired() {
+			r.state, r.sentAt = renewalPending, time.Now()
+			s.pending = append(s.pending, r)
+			return r
 		}
 	}
 	return nil
 }
 
 // receive takes answers until the stream fails.
-func (k *keepAlive) receive(stream keepAliveStream) (answered bool) {
+func (s *renewStream) receive(stream keepAliveStream) (answered bool) {
 	for {
 		resp, err := stream.Recv()
 		if err != nil {
-			return k.refused(err) || answered
+			return s.chargeDenial(err) || answered
 		}
-		r, ok := k.answer(clientv3.LeaseID(resp.ID))
-		if !ok {
+		r, sentAt := s.takeAnswered(clientv3.LeaseID(resp.ID))
+		if r == nil {
 			return false // out of order: no answer can be trusted to belong to its request
 		}
-		r.lease.renewed(r.sent, time.Duration(resp.TTL)*time.Second)
+		r.lease.handleRenewal(sentAt, time.Duration(resp.TTL)*time.Second)
 		answered = true
 	}
 }
 
-// answer takes the renewal that an answer for id belongs to: the oldest, for the server answers in order.
-func (k *keepAlive) answer(id clientv3.LeaseID) (renewal, bool) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if len(k.pending) == 0 || k.pending[0].lease.id != id {
-		return renewal{}, false
+// takeAnswered takes the renewal that an answer for id belongs to: the oldest, for the server answers
+// in order.
+func (s *renewStream) takeAnswered(id clientv3.LeaseID) (*renewal, time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.pending) == 0 || s.pending[0].lease.id != id {
+		return nil, time.Time{}
 	}
-	k.heard, k.stuck, k.fruitless = time.Now(), "", 0
-	return k.takeOldest(), true
+	s.lastAnswerAt, s.stuckMember, s.reopens = time.Now(), "", 0
+	r := s.takeOldest()
+	return r, r.sentAt
 }
 
-func (k *keepAlive) takeOldest() renewal {
-	r := k.pending[0]
-	k.pending = k.pending[1:]
-	r.lease.renewing = false
+func (s *renewStream) takeOldest() *renewal {
+	r := s.pending[0]
+	s.pending = s.pending[1:]
+	r.state = renewalIdle
 	return r
 }
 
-// refused charges a permanent refusal, which ends the stream, to the lease whose turn it was. It reports whether err was
-// one.
-func (k *keepAlive) refused(err error) bool {
+// chargeDenial charges a refusal, which ends the stream, to the lease whose turn it was. It reports
+// whether err was one.
+func (s *renewStream) chargeDenial(err error) bool {
 	if statusOf(err).code != codes.PermissionDenied {
 		return false
 	}
-	k.mu.Lock()
-	if len(k.pending) == 0 {
-		k.mu.Unlock()
+	s.mu.Lock()
+	if len(s.pending) == 0 {
+		s.mu.Unlock()
 		return false
 	}
-	r := k.takeOldest()
-	k.mu.Unlock()
-	r.lease.refused(rpctypes.Error(err))
+	r := s.takeOldest()
+	s.mu.Unlock()
+	r.lease.handleDenied(rpctypes.Error(err))
 	return true
 }

@@ -450,14 +450,14 @@ func TestThreeThousandLeasesOfOneClientSurviveFourResets(t *testing.T) {
 		})
 	}
 	closing.Wait()
-	require.Empty(t, keepAlivesOf(client), "the last lease to leave ends the stream")
+	require.Empty(t, renewStreamsOf(client), "the last lease to leave ends the stream")
 }
 
-func keepAlivesOf(client *clientv3.Client) []*keepAlive {
-	keepAlives.Lock()
-	defer keepAlives.Unlock()
-	if k := keepAlives.of[client]; k != nil {
-		return []*keepAlive{k}
+func renewStreamsOf(client *clientv3.Client) []*renewStream {
+	renewStreams.Lock()
+	defer renewStreams.Unlock()
+	if s := renewStreams.byClient[client]; s != nil {
+		return []*renewStream{s}
 	}
 	return nil
 }

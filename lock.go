@@ -159,7 +159,7 @@ func (c *lockConfig) validateShared() error {
 	if c.lease == nil {
 		return errors.New("etcdutil: WithLease: the lease is nil")
 	}
-	if cause := c.lease.lost(); cause != nil {
+	if cause := c.lease.stopCause(); cause != nil {
 		return fmt.Errorf("etcdutil: WithLease: the lease has ended: %w", cause)
 	}
 	if c.lease.Err() != nil {
@@ -331,7 +331,7 @@ func (l *Lock) markLostNoLog(cause error) {
 // lost is why the lock is no longer surely held: lost or closed, even if what is to say so is late. It is nil while the
 // work may wind down after the parent's end.
 func (l *Lock) lost() error {
-	if cause := l.lease.lost(); cause != nil {
+	if cause := l.lease.stopCause(); cause != nil {
 		l.markLost(cause)
 	}
 	return context.Cause(l.stopCtx)
@@ -405,7 +405,7 @@ func (l *Lock) keyGone() error {
 	ctx, cancel := context.WithTimeout(l.stopCtx, 200*time.Millisecond)
 	defer cancel()
 	if resp, err := l.lease.config.client.TimeToLive(ctx, l.lease.id); err == nil && resp.TTL < 0 {
-		l.lease.lose(ErrLeaseRevoked)
+		l.lease.markLost(ErrLeaseRevoked)
 	}
 	if lost := l.lost(); lost != nil {
 		return lost
@@ -551,7 +551,7 @@ func (l *Lock) deleteKey() error {
 	}
 	if err != nil {
 		return fmt.Errorf("%w: lock %q is not confirmed released; its key is deleted when etcd can be reached, or is gone by %s with its lease: %w",
-			ErrUnknownOutcome, l.name, l.lease.outlived(), err)
+			ErrUnknownOutcome, l.name, l.lease.serverExpiry(), err)
 	}
 	return nil
 }

@@ -57,7 +57,7 @@ func (l *Lock) write(ctx context.Context, guard clientv3.Cmp, more ...clientv3.O
 	})
 	// Of a lease that another client granted it may only be the wrong etcd that is asked.
 	if errors.Is(err, rpctypes.ErrLeaseNotFound) && l.lease.config.client == l.config.client {
-		l.lease.lose(ErrLeaseRevoked)
+		l.lease.markLost(ErrLeaseRevoked)
 	}
 	return resp, err
 }

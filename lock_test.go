@@ -596,9 +596,7 @@ func TestLeaseUsesFewKeysForTheLocksOfOneName(t *testing.T) {
 	}
 	require.NoError(t, holder.Close())
 	eventually(t, func() bool {
-		lease.mu.Lock()
-		defer lease.mu.Unlock()
-		return len(lease.keys) == 0
+		return lease.slots.len() == 0
 	}, "nor does it remember those of waiters that gave up")
 }
 
@@ -1270,7 +1268,7 @@ func TestClosedLockLeavesNoGoroutineNoWatchAndNoLease(t *testing.T) {
 	gone(t, "etcdutil.(*keepAlive)", "and the last lease what it shares")
 	eventually(t, func() bool { return goroutinesIn("client/v3.(*watchGRPCStream)") == 0 }, "no watch is left")
 	require.Empty(t, leases(t, client))
-	require.Empty(t, keepAlivesOf(client))
+	require.Empty(t, renewStreamsOf(client))
 	resp, err := client.Get(t.Context(), "", clientv3.WithPrefix())
 	require.NoError(t, err)
 	require.Empty(t, resp.Kvs)
@@ -1565,9 +1563,7 @@ func TestLostLockGivesItsKeyBackToItsLease(t *testing.T) {
 	client := testCluster.Client(t)
 	lease := mustLease(t, client, 10*time.Second)
 	inUse := func() int {
-		lease.mu.Lock()
-		defer lease.mu.Unlock()
-		return len(lease.keys)
+		return lease.slots.len()
 	}
 	for range 10 {
 		lock := mustAcquire(t, client, nameOf(t), WithLease(lease))

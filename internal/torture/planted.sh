@@ -20,7 +20,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 	case $1 in
 	late-expiry) # as client/v3 does it: from when the answer came, looked at every second
 		expected='exclusion: .* two held it'
-		replace lease.go 'expiry := sent.Add(ttl - l.margin)' 'expiry := time.Now().Add(ttl + time.Second)'
+		replace lease.go 'expiry := sentAt.Add(ttl - l.margin)' 'expiry := time.Now().Add(ttl + time.Second)'
 		;;
 	unfenced-commit) # compares nothing
 		expected='lock-set: .* are lost|register: '

@@ -216,7 +216,7 @@ func TestLivenessKnowsWhoHasNotHadTheLock(t *testing.T) {
 
 func TestLeaksSeesAGoroutineOfTheLibraryAndNotOurs(t *testing.T) {
 	for stack, leaked := range map[string]bool{
-		"goroutine 1 [select]:\nexample.com/etcdutil.(*keepAlive).run(0xc0)\n\t/lease.go:1":            true,
+		"goroutine 1 [select]:\nexample.com/etcdutil.(*renewStream).run(0xc0)\n\t/lease_stream.go:1":   true,
 		"goroutine 1 [select]:\nsync.runtime()\ncreated by example.com/etcdutil.behind in goroutine 7": true,
 		"goroutine 1 [select]:\ngo.etcd.io/etcd/client/v3.(*watchGrpcStream).run(0xc0)\n\t/watch.go:1": true,
 		"goroutine 1 [select]:\nexample.com/etcdutil/etcdtest.(*Link).accept(0xc0)\n\t/link.go:1":      false,
