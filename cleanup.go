@@ -12,7 +12,11 @@ const maxClosing = 5 * time.Second
 // may reach another member.
 func releasePolicy(bound time.Duration) RetryPolicy {
 	bound = max(min(bound, maxClosing), time.Millisecond)
-	return RetryPolicy{Elapsed: bound, AttemptTimeout: bound / 2}
+	p := RetryPolicy{Elapsed: bound}
+	if bound < 2*firstAttemptTimeout {
+		p.AttemptTimeout = bound / 2
+	}
+	return p
 }
 
 // untilDone is the policy of work that ends with its context, and not before.

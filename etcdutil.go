@@ -62,6 +62,8 @@ package etcdutil
 
 import (
 	"errors"
+	"fmt"
+	"strings"
 )
 
 // Revision is an etcd store revision.
@@ -102,3 +104,21 @@ var (
 	// ErrInvalidName says that a name is empty, over 512 bytes, not valid UTF-8, or holds a NUL.
 	ErrInvalidName = errors.New("etcdutil: invalid name")
 )
+
+const errPrefix = "etcdutil: "
+
+// errorf is fmt.Errorf for the errors of exported functions: the text has the package's prefix once,
+// at its beginning, whatever it wraps.
+func errorf(format string, args ...any) error {
+	err := fmt.Errorf(format, args...)
+	text := strings.TrimPrefix(err.Error(), errPrefix)
+	return &prefixedError{errPrefix + strings.ReplaceAll(text, ": "+errPrefix, ": "), err}
+}
+
+type prefixedError struct {
+	text string
+	err  error
+}
+
+func (e *prefixedError) Error() string { return e.text }
+func (e *prefixedError) Unwrap() error { return e.err }

@@ -3,7 +3,6 @@ package etcdutil
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"math"
 	"math/rand/v2"
@@ -102,18 +101,18 @@ func WithExpiryMargin(d time.Duration) RenewalOption {
 func (c *leaseConfig) validate(ttl time.Duration) error {
 	switch {
 	case ttl <= 0:
-		return fmt.Errorf("etcdutil: ttl must be positive: %v", ttl)
+		return errorf("ttl must be positive: %v", ttl)
 	case ttl > maxLeaseTTL:
-		return fmt.Errorf("etcdutil: ttl must be at most %v: %v", maxLeaseTTL, ttl)
+		return errorf("ttl must be at most %v: %v", maxLeaseTTL, ttl)
 	}
 	whole := time.Duration(wholeSeconds(ttl)) * time.Second
 	switch {
 	case c.interval != nil && (*c.interval <= 0 || *c.interval >= whole):
-		return fmt.Errorf("etcdutil: WithKeepAliveInterval must be positive and less than the TTL of %v: %v", whole, *c.interval)
+		return errorf("WithKeepAliveInterval must be positive and less than the TTL of %v: %v", whole, *c.interval)
 	case c.margin != nil && (*c.margin < 0 || *c.margin >= whole):
-		return fmt.Errorf("etcdutil: WithExpiryMargin must not be negative and be less than the TTL of %v: %v", whole, *c.margin)
+		return errorf("WithExpiryMargin must not be negative and be less than the TTL of %v: %v", whole, *c.margin)
 	case c.max != nil && *c.max < 0:
-		return fmt.Errorf("etcdutil: WithMaxKeepAlives must not be negative: %d", *c.max)
+		return errorf("WithMaxKeepAlives must not be negative: %d", *c.max)
 	}
 	return c.retry.validate()
 }
@@ -168,7 +167,7 @@ func NewLease(ctx context.Context, client *clientv3.Client, ttl time.Duration, o
 func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*Lease, error) {
 	g, err := grantLease(ctx, &c.config, wholeSeconds(ttl))
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: grant lease: %w", err)
+		return nil, errorf("grant lease: %w", err)
 	}
 	margin := or(c.margin, g.ttl/10)
 	l := &Lease{
@@ -186,7 +185,7 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 	if lost := l.stopCause(); lost != nil {
 		l.stopTimers()
 		revokeInBackground(ctx, &c.config, g.id, g.ttl, 0)
-		return nil, fmt.Errorf("etcdutil: grant lease: the answer came too late: %w", lost)
+		return nil, errorf("grant lease: the answer came too late: %w", lost)
 	}
 	return l, nil
 }
@@ -278,7 +277,7 @@ func (l *Lease) Alive(ctx context.Context) (bool, error) {
 		return l.config.client.TimeToLive(ctx, l.id)
 	})
 	if err != nil {
-		return false, fmt.Errorf("etcdutil: ask for lease: %w", err)
+		return false, errorf("ask for lease: %w", err)
 	}
 	return resp.TTL >= 0, nil
 }
@@ -311,7 +310,7 @@ func (l *Lease) release() error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%w: lease %x is not confirmed revoked; it will have run out by %s: %w",
+	return errorf("%w: lease %x is not confirmed revoked; it will have run out by %s: %w",
 		ErrUnknownOutcome, int64(l.id), l.serverExpiry(), err)
 }
 
@@ -434,7 +433,7 @@ func (l *Lease) handleExpiry() {
 	switch {
 	case left > 0:
 	case denial != nil:
-		l.markLost(fmt.Errorf("%w: %w", ErrLeaseExpired, denial))
+		l.markLost(errorf("%w: %w", ErrLeaseExpired, denial))
 	default:
 		l.markLost(ErrLeaseExpired)
 	}

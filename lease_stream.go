@@ -154,7 +154,6 @@ func (s *renewStream) run() {
 	for s.waitDue() {
 		if failed > 0 {
 			sleep(s.ctx, s.reopenDelay(policy.backoff(failed)))
-			s.client.ActiveConnection().ResetConnectBackoff()
 		}
 		if s.runStream(s.openTimeout(failed)) {
 			failed = 0
@@ -234,9 +233,10 @@ func (s *renewStream) openTimeout(failed int) time.Duration {
 func (s *renewStream) runStream(openTimeout time.Duration) (answered bool) {
 	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	opening := time.AfterFunc(openTimeout, cancel)
+	opening, stopDialing := time.AfterFunc(openTimeout, cancel), keepDialing(s.client)
 	stream, err := s.open(ctx)
 	opening.Stop()
+	stopDialing()
 	if err != nil {
 		return false
 	}

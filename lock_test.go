@@ -1258,14 +1258,14 @@ func TestClosedLockLeavesNoGoroutineNoWatchAndNoLease(t *testing.T) {
 	first := shared.Expiry()
 	eventually(t, func() bool { return shared.Expiry().After(first) }, "the keepalive stream stands")
 	eventually(t, func() bool { return goroutinesIn("etcdutil.(*Lock).watchKey") == 40 }, "the watches stand")
-	require.Positive(t, goroutinesIn("etcdutil.(*keepAlive).run"))
+	require.Positive(t, goroutinesIn("etcdutil.(*renewStream).run"))
 	require.Positive(t, goroutinesIn("client/v3.(*watchGRPCStream)"))
 	for _, lock := range locks {
 		require.NoError(t, lock.Close())
 	}
 	gone(t, "etcdutil.(*Lock)", "Close joins what the lock has started")
 	require.NoError(t, shared.Close())
-	gone(t, "etcdutil.(*keepAlive)", "and the last lease what it shares")
+	gone(t, "etcdutil.(*renewStream)", "and the last lease what it shares")
 	eventually(t, func() bool { return goroutinesIn("client/v3.(*watchGRPCStream)") == 0 }, "no watch is left")
 	require.Empty(t, leases(t, client))
 	require.Empty(t, renewStreamsOf(client))

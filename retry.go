@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
@@ -23,32 +24,34 @@ type RetryPolicy struct {
 	Attempts int
 	// Elapsed is when to give up, counted from the call; 0 means 30 s, negative means not before ctx ends.
 	Elapsed time.Duration
-	// AttemptTimeout bounds one attempt; 0 means 5 s.
+	// AttemptTimeout bounds one attempt. 0 means 1 s, doubled with each attempt that timed out, and
+	// 5 s at most.
 	AttemptTimeout time.Duration
-	// DefiniteOnly says not to retry what may have been applied ([IsAmbiguous]). It is meant for [Retry]: what else this package
-	// writes is guarded or idempotent. What it reads is retried all the same.
+	// DefiniteOnly stops [Retry] after an error that leaves open whether op was applied
+	// ([IsAmbiguous]). It changes nothing elsewhere: this package guards what it writes.
 	DefiniteOnly bool
 }
 
 const (
-	defaultInitial        = 25 * time.Millisecond
-	defaultMax            = 2 * time.Second
-	defaultElapsed        = 30 * time.Second
-	defaultAttemptTimeout = 5 * time.Second
+	defaultInitial      = 25 * time.Millisecond
+	defaultMax          = 2 * time.Second
+	defaultElapsed      = 30 * time.Second
+	firstAttemptTimeout = time.Second
+	maxAttemptTimeout   = 5 * time.Second
 )
 
 func (p RetryPolicy) validate() error {
 	switch {
 	case p.Initial < 0:
-		return fmt.Errorf("etcdutil: RetryPolicy.Initial is negative: %v", p.Initial)
+		return errorf("RetryPolicy.Initial is negative: %v", p.Initial)
 	case p.Max < 0:
-		return fmt.Errorf("etcdutil: RetryPolicy.Max is negative: %v", p.Max)
+		return errorf("RetryPolicy.Max is negative: %v", p.Max)
 	case p.Max > 0 && p.Max < p.Initial:
-		return fmt.Errorf("etcdutil: RetryPolicy.Max %v is below Initial %v", p.Max, p.Initial)
+		return errorf("RetryPolicy.Max %v is below Initial %v", p.Max, p.Initial)
 	case p.Attempts < 0:
-		return fmt.Errorf("etcdutil: RetryPolicy.Attempts is negative: %d", p.Attempts)
+		return errorf("RetryPolicy.Attempts is negative: %d", p.Attempts)
 	case p.AttemptTimeout < 0:
-		return fmt.Errorf("etcdutil: RetryPolicy.AttemptTimeout is negative: %v", p.AttemptTimeout)
+		return errorf("RetryPolicy.AttemptTimeout is negative: %v", p.AttemptTimeout)
 	}
 	return nil
 }
@@ -61,17 +64,24 @@ func (p RetryPolicy) withDefaults() RetryPolicy {
 		p.Max = max(defaultMax, p.Initial)
 	}
 	p.Elapsed = cmp.Or(p.Elapsed, defaultElapsed)
-	p.AttemptTimeout = cmp.Or(p.AttemptTimeout, defaultAttemptTimeout)
 	return p
 }
 
-// backoff is the time to sleep after the given number of failed attempts.
+// backoff returns how long to sleep after the given number of failed attempts.
 func (p RetryPolicy) backoff(failed int) time.Duration {
 	delay := p.Initial
 	for ; failed > 1 && delay < p.Max; failed-- {
-		delay *= 2
+		delay = min(delay, p.Max/2+1) * 2 // which does not overflow
 	}
-	return rand.N(min(delay, p.Max) + 1)
+	return rand.N(max(min(delay, p.Max), 1))
+}
+
+// attemptTimeout returns the bound of an attempt after so many timed out.
+func (p RetryPolicy) attemptTimeout(timeouts int) time.Duration {
+	if p.AttemptTimeout > 0 {
+		return p.AttemptTimeout
+	}
+	return min(firstAttemptTimeout<<min(timeouts, 10), maxAttemptTimeout)
 }
 
 // A RetryOption shapes [Retry].
@@ -117,29 +127,33 @@ func retry[T any](ctx context.Context, c *config, p RetryPolicy, what string, op
 	}
 	p, start := p.withDefaults(), time.Now()
 	var last error
-	for attempt := 1; ; attempt++ {
+	for attempt, timeouts := 1, 0; ; attempt++ {
 		if c.client != nil && c.client.Ctx().Err() != nil {
 			return zero, errClientClosed // clientv3 would take that for a fault, and try 100 times
 		}
-		timeout := p.AttemptTimeout
+		timeout := p.attemptTimeout(timeouts)
 		if p.Elapsed > 0 {
 			timeout = min(timeout, p.Elapsed-time.Since(start))
 		}
 		if timeout <= 0 { // overslept
 			return zero, attemptsExhausted(attempt-1, start, last)
 		}
-		v, timedOut, err := attemptOnce(ctx, timeout, op)
+		v, timedOut, err := attemptOnce(ctx, c.client, timeout, op)
 		if err == nil {
 			return v, nil
 		}
+		err = withConnectionError(c.client, err)
 		if ctx.Err() != nil {
 			return zero, withContextError(ctx, err)
 		}
-		if !p.shouldRetry(err, timedOut) || c.refusedToken(err) {
+		if !c.shouldRetry(p, err, timedOut) {
 			return zero, err
 		}
+		if timedOut {
+			timeouts++
+		}
 		delay := p.backoff(attempt)
-		if attempt == p.Attempts || p.Elapsed > 0 && time.Since(start)+delay >= p.Elapsed {
+		if attempt == p.Attempts || p.Elapsed > 0 && delay >= p.Elapsed-time.Since(start) {
 			return zero, attemptsExhausted(attempt, start, err)
 		}
 		last = err
@@ -147,7 +161,6 @@ func retry[T any](ctx context.Context, c *config, p RetryPolicy, what string, op
 		if sleep(ctx, delay); ctx.Err() != nil {
 			return zero, withContextError(ctx, err)
 		}
-		c.reconnect()
 	}
 }
 
@@ -155,37 +168,39 @@ func attemptsExhausted(attempts int, start time.Time, err error) error {
 	if err == nil { // no attempt was made
 		err = context.DeadlineExceeded
 	}
-	return fmt.Errorf("etcdutil: gave up after %d attempts in %v: %w", attempts, time.Since(start).Round(time.Millisecond), err)
-}
-
-// refusedToken reports whether err is the refusal of a token that the client cannot renew.
-func (c *config) refusedToken(err error) bool {
-	return c.client != nil && c.client.Token != "" && statusOf(err).code == codes.Unauthenticated
+	return errorf("gave up after %d attempts in %v: %w", attempts, time.Since(start).Round(time.Millisecond), err)
 }
 
 var errClientClosed = errors.New("etcdutil: the client is closed")
 
-// attemptOnce makes one attempt. timedOut says that it was the attempt's own timeout that ended it.
-func attemptOnce[T any](ctx context.Context, timeout time.Duration, op func(ctx context.Context) (T, error)) (v T, timedOut bool, err error) {
+// attemptOnce makes one attempt, and reports whether the attempt's own timeout ended it. A request of
+// the package's own, which has a client, requires a leader: a member without one refuses it at once,
+// and the next attempt asks another member.
+func attemptOnce[T any](ctx context.Context, client *clientv3.Client, timeout time.Duration, op func(ctx context.Context) (T, error)) (v T, timedOut bool, err error) {
 	attempt, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	if client != nil {
+		attempt = clientv3.WithRequireLeader(attempt)
+		defer keepDialing(client)()
+	}
 	v, err = op(attempt)
-	return v, isContextError(err) && attempt.Err() != nil, err
+	if attempt.Err() == nil || err == nil {
+		return v, false, err
+	}
+	if code := statusOf(err).code; !isContextError(err) && (code == codes.DeadlineExceeded || code == codes.Canceled) {
+		err = fmt.Errorf("%w: %w", attempt.Err(), err) // gRPC's own error, where clientv3 was not asked
+	}
+	return v, isContextError(err), err
 }
 
-func (p RetryPolicy) shouldRetry(err error, timedOut bool) bool {
-	if p.DefiniteOnly && (timedOut || IsAmbiguous(err)) {
+func (c *config) shouldRetry(p RetryPolicy, err error, timedOut bool) bool {
+	switch {
+	case c.client == nil && p.DefiniteOnly && (timedOut || IsAmbiguous(err)):
 		return false
+	case c.client != nil && c.client.Token != "" && statusOf(err).code == codes.Unauthenticated:
+		return false // the client cannot renew its token
 	}
 	return timedOut || IsTransient(err)
-}
-
-// reconnect makes gRPC dial at once. Its own backoff after refused connections reaches minutes, and clientv3 offers no
-// way to configure it.
-func (c *config) reconnect() {
-	if c.client != nil {
-		c.client.ActiveConnection().ResetConnectBackoff()
-	}
 }
 
 // IsTransient reports whether an idempotent operation that failed with err is worth another try: the server or the way
@@ -242,6 +257,7 @@ const (
 var (
 	transientMessages = messages(
 		"raft proposal dropped",
+		"raft: stopped", // of a member that was removed
 		"not a primary lessor",
 		rpctypes.ErrorDesc(rpctypes.ErrGRPCRequestTooManyRequests),
 		rpctypes.ErrorDesc(rpctypes.ErrGRPCAuthOldRevision),

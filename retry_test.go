@@ -3,10 +3,14 @@ package etcdutil
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
+	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,7 +18,10 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
@@ -49,6 +56,7 @@ func TestErrorsAreClassifiedByWhatEtcdMeansByThem(t *testing.T) {
 		{status.Error(codes.Unknown, "etcdserver: too many requests"), true, false},
 		{status.Error(codes.Unknown, "raft proposal dropped"), true, false},
 		{status.Error(codes.Unknown, "not a primary lessor"), true, false},
+		{status.Error(codes.Unknown, "raft: stopped"), true, true},
 		{status.Error(codes.Unknown, "what etcd did not foresee"), false, true},
 		{rpctypes.ErrNoSpace, false, true},
 		{rpctypes.ErrCorrupt, false, false},
@@ -281,4 +289,126 @@ func TestRetryDoesNotRepeatWhatFailedForGoodAfterTheTimeout(t *testing.T) {
 	}, WithRetryPolicy(RetryPolicy{AttemptTimeout: 10 * time.Millisecond}))
 	require.Equal(t, permanent, err)
 	require.Equal(t, 1, calls)
+}
+
+func TestRetryGivesAttemptsOneSecondAndMoreAfterEachThatTimedOut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var took []time.Duration
+		_, err := Retry(t.Context(), func(ctx context.Context) (int, error) {
+			if len(took) == 2 { // an attempt that fails by itself says nothing about slowness
+				took = append(took, 0)
+				return 0, errAway
+			}
+			began := time.Now()
+			<-ctx.Done()
+			took = append(took, time.Since(began).Round(time.Second))
+			return 0, ctx.Err()
+		}, WithRetryPolicy(RetryPolicy{Attempts: 6, Elapsed: -1}))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.Equal(t, []time.Duration{time.Second, 2 * time.Second, 0, 4 * time.Second, 5 * time.Second, 5 * time.Second}, took)
+	})
+}
+
+func TestRetryAcceptsTheLongestDelays(t *testing.T) {
+	for _, p := range []RetryPolicy{
+		{Initial: math.MaxInt64},
+		{Max: math.MaxInt64},
+		{Initial: math.MaxInt64, Max: math.MaxInt64, Elapsed: -1, Attempts: 1},
+		{Initial: 1, Max: 1, Elapsed: time.Millisecond},
+		{Elapsed: math.MaxInt64, AttemptTimeout: math.MaxInt64, Attempts: 1},
+	} {
+		_, err := Retry(t.Context(), func(context.Context) (int, error) { return 0, errAway }, WithRetryPolicy(p))
+		require.ErrorIs(t, err, errAway)
+		for failed := range 70 {
+			require.GreaterOrEqual(t, p.withDefaults().backoff(failed), time.Duration(0))
+		}
+	}
+}
+
+// Nothing else has gRPC dial again in time: its backoff is 1 s after the first refused connection,
+// and grows.
+func TestRetryDialsAgainWhileItWaitsForAConnection(t *testing.T) {
+	t.Parallel()
+	var dials atomic.Int64
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: testCluster.Endpoints(), Logger: zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			dials.Add(1)
+			return nil, errors.New("refused")
+		})},
+	})
+	require.NoError(t, err)
+	_, err = NewLease(t.Context(), client, time.Minute, WithRetryPolicy(RetryPolicy{Elapsed: 5 * time.Second}))
+	require.ErrorContains(t, err, "refused")
+	require.Greater(t, dials.Load(), int64(8), "gRPC by itself dials four times in 5 s")
+	require.NoError(t, client.Close())
+	eventually(t, func() bool {
+		redialers.Lock()
+		defer redialers.Unlock()
+		return redialers.byClient[client] == nil
+	}, "nobody waits any more")
+}
+
+func TestRetryRequiresALeaderOfEveryRequest(t *testing.T) {
+	var requests atomic.Int64
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		requests.Add(1)
+		md, _ := metadata.FromOutgoingContext(ctx)
+		if len(md.Get(rpctypes.MetadataRequireLeaderKey)) == 0 {
+			t.Errorf("%s does not require a leader", method)
+		}
+		if ctx.Value(lockKey{}) != nil && len(md.Get("request-id")) == 0 {
+			t.Errorf("%s lacks its caller's metadata", method)
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "request-id", "1")
+	lock, err := Acquire(ctx, client, nameOf(t))
+	require.NoError(t, err)
+	_, err = lock.Commit(ctx)
+	require.NoError(t, err)
+	_, err = lock.Alive(ctx)
+	require.NoError(t, err)
+	_, err = lock.Lease().Alive(ctx)
+	require.NoError(t, err)
+	require.NoError(t, lock.Close())
+	require.GreaterOrEqual(t, requests.Load(), int64(6))
+}
+
+func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
+	port, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	require.NoError(t, port.Close())
+	for says, config := range map[string]clientv3.Config{
+		"refused":   {Endpoints: []string{port.Addr().String()}},
+		"lookup":    {Endpoints: []string{"no-such-host.invalid:2379"}},
+		"handshake": {Endpoints: []string{"https://" + testCluster.Endpoints()[0]}, TLS: &tls.Config{}},
+	} {
+		t.Run(says, func(t *testing.T) {
+			t.Parallel()
+			config.Logger = zap.NewNop()
+			client, err := clientv3.New(config)
+			require.NoError(t, err)
+			t.Cleanup(func() { _ = client.Close() })
+			policy := WithRetryPolicy(RetryPolicy{Elapsed: 1500 * time.Millisecond})
+			for name, f := range map[string]func() error{
+				"NewLease": func() error { _, err := NewLease(t.Context(), client, time.Minute, policy); return err },
+				"short NewLease": func() error {
+					ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+					defer cancel()
+					_, err := NewLease(ctx, client, time.Minute)
+					return err
+				},
+				"Acquire":    func() error { _, err := Acquire(t.Context(), client, nameOf(t), policy); return err },
+				"TryAcquire": func() error { _, err := TryAcquire(t.Context(), client, nameOf(t), policy); return err },
+			} {
+				err := f()
+				require.ErrorContains(t, err, says, name)
+				require.ErrorIs(t, err, context.DeadlineExceeded, name)
+				if strings.Contains(name, "NewLease") {
+					require.Equal(t, 1, strings.Count(err.Error(), "etcdutil: "), "%s: %v", name, err)
+				}
+			}
+		})
+	}
 }
