@@ -1,63 +1,144 @@
-// Package etcdutil is what a Go service needs above go.etcd.io/etcd/client/v3: leases that renew themselves, locks
-// that cancel your work when they are lost, a log that only the lock's holder can write, watches that never go silently
-// wrong, and retries that know what is safe to retry.
+// Package etcdutil provides locks, leases, watches and fenced writes for etcd, as Go contexts. It
+// builds on go.etcd.io/etcd/client/v3.
+//
+//	lock, err := etcdutil.Acquire(ctx, client, "jobs/nightly")
+//	if err != nil {
+//		return err
+//	}
+//	defer lock.Close()
+//	return run(lock) // canceled when the lock is no longer surely held
 //
 // # Contexts
 //
-// Every resource is a [context.Context] with a Close. To hold a lock is to run under its context:
+// Every resource is a [context.Context] with a Close. Its context ends when the resource is lost
+// or closed, or when its parent ends. [context.Cause] reports why: [ErrClosed],
+// [ErrLeaseExpired], [ErrLeaseRevoked], [ErrLockLost], [ErrGap], [ErrReplaced], or the parent's
+// cause. Err reports only that it ended, as for any context: context.Canceled or
+// context.DeadlineExceeded. Children of a resource cost no goroutine.
 //
-//	err := etcdutil.Do(ctx, client, "jobs/nightly", func(ctx context.Context) error {
-//		return work(ctx) // ctx ends when the lock is no longer surely held
-//	})
+// A constructor's ctx is the parent of the resource, as in [context.WithCancel]. The resource
+// inherits its values and its end. It is not a timeout of the call. This helper returns a lock
+// whose context has ended, and which keeps others out until it is closed or its TTL has passed:
 //
-// A constructor's ctx is the resource's parent, as in database/sql's BeginTx: its values and its end are inherited. It
-// is not a timeout for the call; [WithAcquireTimeout] is. To every other method ctx bounds that call alone.
+//	func acquireSoon(ctx context.Context) (*etcdutil.Lock, error) {
+//		ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // wrong
+//		defer cancel()
+//		return etcdutil.Acquire(ctx, client, "jobs/nightly")
+//	}
 //
-// When a parent ends, the context ends and the resource's own lease is renewed no longer, but nothing is released: the work may
-// still be winding down. Close releases; without it the server does, when the lease's TTL has passed. [context.Cause] says
-// why a resource's context ended: [ErrClosed], [ErrLeaseExpired], [ErrLeaseRevoked], [ErrLockLost], or the parent's
-// cause. Err and Deadline are the plain ones of a context; what moves is [Lease.Expiry].
+// This one bounds the wait, and returns a lock that lives on:
+//
+//	func acquireSoon(ctx context.Context) (*etcdutil.Lock, error) {
+//		return etcdutil.Acquire(ctx, client, "jobs/nightly",
+//			etcdutil.WithAcquireTimeout(5*time.Second)) // right
+//	}
+//
+// The ctx of every other method bounds that call, and so does that of [NewLogWriter], whose
+// parent is the lock.
+//
+// When the parent of a lock or lease ends, the resource's context ends too, and its lease is no
+// longer renewed. Nothing is released, so that work can wind down. Call Close, or wait for the
+// TTL.
 //
 // # Leases
 //
-// A [Lease] ends before the server may give its keys away: its time runs from the moment at which the last answered
-// renewal was sent, less a margin, on a timer of its own. All leases of one client share one stream.
+// A [Lease] is kept alive until it is closed or lost. Its context ends before the server can
+// expire the lease: at the send time of the last answered renewal, plus the TTL, minus a margin.
+// A timer of its own ends it, whatever the network does. All leases of a client are renewed on
+// one stream.
 //
 // # Locks and fencing
 //
-// A [Lock] is etcd's own recipe, so it shares one queue with etcdctl lock, concurrency.Mutex and concurrency.Election
-// on the same name. The order is first come, first served.
+// A [Lock] is held when [Acquire] or [TryAcquire] returns it. [Do] runs a function under one.
+// Locks are etcd's own recipe: they share a queue with etcdctl lock, concurrency.Mutex and
+// concurrency.Election of the same name. The order is first come, first served.
 //
-// A process that is paused, swapped or stopped in a debugger may act after it has lost its lock and before it looks.
-// No lock service can prevent that; fencing can. [Lock.Commit] writes to etcd if and only if the lock is held, exactly
-// once. [Lock.IsOwner] guards a transaction of your own. [Lock.Token] grows with every holder: hand it to other stores
-// and let them refuse a smaller one than they have seen.
+// A process that was paused can act after it has lost its lock, before it looks at the context.
+// No lock service can prevent that. Fencing can:
+//   - [Lock.Commit] writes to etcd if and only if the lock is held, exactly once.
+//   - [Lock.IsOwner] guards a transaction of your own.
+//   - [Lock.Token] grows with every holder. Give it to other stores, so that they can refuse a
+//     smaller one than they have seen.
 //
 // # Logs
 //
-// A log is one key, and its entries are the key's versions. A [LogWriter] writes it under a lock, each entry exactly once,
-// and tells a lock that was lost from a log that somebody else wrote. A [LogReader] reads the latest entry, or every one.
+// A log is one key, and its entries are the key's versions. A [LogWriter] writes each entry
+// exactly once, under a lock. A [LogReader] reads the latest entry, or every one. Compaction
+// removes old entries, so a log is no archive: write a key for each entry that must be kept.
 //
 // # Watches
 //
-// A [Watcher] resumes after faults. Without a snapshot it tells every change once and in order, and ends with [ErrGap] where
-// compaction makes that impossible. With [WithSnapshot] it follows the state: where it has missed changes it lists what
-// there is, and tells the difference. A value that does not decode is an event like others.
+// A [Watcher] resumes after faults, for as long as they last. Without a snapshot it sends every
+// change, once and in order, and ends with [ErrGap] if compaction or a restore makes that
+// impossible. With [WithSnapshot] it follows the state: after missing changes it lists the keys
+// again and sends the differences. All watches of a client share streams.
 //
-// A [Notify] passes the latest value on to any number of readers.
+// A [Notify] passes the latest value on to any number of readers in this process.
+//
+// # Options
+//
+// An option in the wrong place does not compile. In this table Lock stands for Acquire,
+// TryAcquire and Do.
+//
+//	                       NewLease  Lock  NewLogWriter  NewLogReader  Watch  Retry
+//	WithLogger                x       x         x             x          x      x
+//	WithObserver              x       x         x             x          x      x
+//	WithRetryPolicy           x       x         x             x          x      x
+//	WithKeepAliveInterval     x       x
+//	WithExpiryMargin          x       x
+//	WithMaxKeepAlives         x       x
+//	WithTTL                           x
+//	WithLease                         x
+//	WithValue                         x
+//	WithAcquireTimeout                x
+//	WithCodec                                   x             x          x
+//	WithEveryEntry                                            x
+//	WithPrefix                                                           x
+//	WithPrev                                                             x
+//	WithRevision                                                         x
+//	WithSnapshot                                                         x
+//
+// A lock takes the lease options for its own lease. They and WithTTL cannot be combined with
+// WithLease, whose lease has its own.
+//
+// # Shutting down
+//
+// End the context that the work runs under, wait for the work, then close what it used, and the
+// client last. Close works although the parent has ended. It waits for what the resource started,
+// for at most 5 s. Many locks on one lease are released by closing the lease: one request
+// releases them all.
+//
+// If Close returns [ErrUnknownOutcome], etcd did not confirm. The error says by when the lease
+// will have expired. Nobody has to wait for that: nothing renews it any more.
+//
+// # Connections
+//
+// Set DialKeepAliveTime to 10 s and DialKeepAliveTimeout to 5 s in clientv3.Config. Then gRPC
+// closes half-open connections, so that requests need not time out on them. gRPC raises a smaller
+// time to 10 s. Leases and locks expire in time without it.
+//
+// A client to several members moves to another one if its own is stuck, isolated or removed. A
+// client whose KV, Watcher and Lease are wrapped, as by client/v3/namespace, works. One without a
+// connection (clientv3.NewCtxClient) is refused.
 //
 // # Errors
 //
-// The errors below are sentinels: test for them with [errors.Is], on returned errors and on context.Cause(resource).
-// Bad arguments are refused with an error that names the argument before anything is sent; a nil ctx, client or
-// function panics. A write that may or may not have been applied is never called failed: it is [ErrUnknownOutcome].
+// The errors of this package are sentinels: test for them with [errors.Is], on returned errors
+// and on context.Cause(resource). A write that may have been applied never fails with another
+// error than [ErrUnknownOutcome]. Bad arguments are refused before anything is sent, with an
+// error that names the argument. A nil ctx, client or function panics. Errors and log lines never
+// contain values, passwords or tokens.
 //
 // # What it cannot promise
 //
-// That nobody acts after a loss (fence), that clocks of client and server run at one speed (the margin, a tenth of the
-// TTL, is what they may differ by during one TTL; the clock of a machine that is suspended stands still), and that a
-// broken connection which nobody closes is noticed by a watch: set DialKeepAliveTime in clientv3.Config, or a deleted lock
-// key may be noticed late. That a lease was not renewed is noticed in time without.
+//   - A paused process can act after losing its lock: use fencing.
+//   - The margin must cover the drift between the clocks of client and server during one TTL.
+//     What time they show does not matter. The clock of a suspended machine stands still.
+//   - A holder cannot foresee that somebody deletes its key or revokes its lease. It is notified
+//     when etcd's watch reports it.
+//   - After a restore from a backup, revisions may be smaller than before, and so may tokens.
+//   - Servers of version 3.5.0 to 3.5.7 report progress that a watch has not reached. Watches
+//     need 3.5.8 or later.
 package etcdutil
 
 import (

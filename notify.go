@@ -5,10 +5,11 @@ import (
 	"sync"
 )
 
-// NewNotify makes a Notify, which hands the latest value to any number of receivers. ctx is its parent, as in
-// context.WithCancel: its values and its end are inherited. A nil ctx panics.
+// NewNotify returns a Notify without a value. ctx is its parent, as in [context.WithCancel]: the
+// Notify inherits its values and its end. A nil ctx panics.
 //
-// It costs no goroutine, nor does a receiver. Close it, or end ctx, as you would any context made from ctx.
+// A Notify starts no goroutine, and neither does a receiver. Close it, or end ctx, to detach it
+// from ctx.
 func NewNotify[T any](ctx context.Context) *Notify[T] {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -18,24 +19,31 @@ func NewNotify[T any](ctx context.Context) *Notify[T] {
 	return n
 }
 
-// A Notify keeps one value, the latest, for receivers that want to know how things stand and not how they came to.
-// It is a context, which ends when it is closed or its parent ends; context.Cause says which. NewNotify makes it: the
-// zero Notify is of no use. All its methods, and those of its receivers, are safe for concurrent use.
+// Notify passes the latest value on to any number of receivers. Make one by [NewNotify], send
+// values by Send, and read them by a [Receiver]; Close ends it. A receiver that is slower than
+// the sender skips values. The zero Notify is not usable.
+//
+// A Notify is a context. It ends when it is closed or when its parent ends; [context.Cause] reports
+// which: [ErrClosed], or the parent's cause. All methods are safe for concurrent use.
 type Notify[T any] struct {
-	lifetime // alone says whether it has ended; read under mu where a value may be given or taken
+	// lifetime is read under mu, so that no value is accepted or returned after a receiver has
+	// reported the end.
+	lifetime
 
 	mu    sync.Mutex
 	value T
-	seq   uint64        // value's number; 0 while there is none
-	wake  chan struct{} // closed by the next Send; nil if nobody has waited since the last
+	seq   uint64        // number of the value; 0 while there is none
+	wake  chan struct{} // closed by the next Send; nil if no receiver waits
 }
 
-// Send makes v the latest value, in place of one that some receivers may not have read yet. It never blocks, whatever
-// the receivers do, and when it returns nil each of them can read v, or a newer value, even if the Notify ends at once.
-// All receivers get the same v: nobody should change what it points to.
+// Send makes v the latest value. It replaces a value that some receivers may not have read yet, and
+// never blocks. After it returns nil, each receiver can read v or a newer value, even if the Notify
+// ends at once. All receivers get the same v: do not change what it points to.
 //
-// It is refused once the Notify has ended: after Close with ErrClosed; after the parent's end with an error that Is both
-// the parent's Err and its context.Cause, or ErrClosed alone if that is the cause. The first of the two counts.
+// Errors:
+//   - [ErrClosed] if the Notify was closed.
+//   - An error that Is both the parent's Err and its [context.Cause] if the parent ended before. If
+//     that cause is ErrClosed, the error is ErrClosed.
 func (n *Notify[T]) Send(v T) error {
 	if !n.put(v) {
 		return n.over()
@@ -43,7 +51,7 @@ func (n *Notify[T]) Send(v T) error {
 	return nil
 }
 
-// put looks at the context under the lock: whoever is told the end under it is told after the last value.
+// put checks the context under mu, so that a receiver reports the end only after the last value.
 func (n *Notify[T]) put(v T) (accepted bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -59,19 +67,21 @@ func (n *Notify[T]) put(v T) (accepted bool) {
 	return true
 }
 
-// Receiver makes a receiver that has read nothing yet: it sees the value current now, if any, then newer ones. After the
-// end it still sees the last one. It is not registered anywhere: drop it when it is no longer needed.
+// Receiver returns a receiver that has read nothing yet. It reads the current value first, if there
+// is one, and then newer ones. It also reads the last value after the Notify has ended. It need not
+// be closed.
 func (n *Notify[T]) Receiver() *Receiver[T] { return &Receiver[T]{n: n} }
 
-// Close ends the Notify's context, with the cause ErrClosed unless its parent ended before. Receivers still get the last
-// value that they have not read. It always returns nil, may be called again, and does not wait for receivers.
+// Close ends the Notify's context, with the cause [ErrClosed] unless its parent has ended before.
+// Receivers can still read the last value. Close always returns nil, may be called again, and does
+// not wait for receivers.
 func (n *Notify[T]) Close() error {
 	n.shutdown(ErrClosed)
 	return nil
 }
 
-// over is why n has ended. After Close that is ErrClosed alone: a caller that also looks for context.Canceled means its
-// own context.
+// over returns why n has ended. After Close it is not context.Canceled as well: a caller that tests
+// for that means its own context.
 func (n *Notify[T]) over() error {
 	if cause := context.Cause(n); cause == ErrClosed {
 		return cause
@@ -79,24 +89,30 @@ func (n *Notify[T]) over() error {
 	return contextError(n)
 }
 
-// A Receiver reads the latest value of a Notify, each at most once, and never an older one after a newer one.
-// Notify.Receiver makes it: the zero Receiver is of no use. Goroutines that share one share its values: each value is
-// given to one of them, and the end to all. Where each is to see every latest value, each needs a Receiver.
+// Receiver reads the latest value of a [Notify]: each value at most once, and never an older one
+// after a newer one. Get one from [Notify.Receiver] and call Recv until it fails; there is nothing
+// to close. The zero Receiver is not usable.
+//
+// Recv is safe for concurrent use. Goroutines that share a Receiver share its values: each value is
+// returned to one of them, and the end to all. Give each goroutine a Receiver of its own if each is
+// to read every latest value.
 type Receiver[T any] struct {
 	n    *Notify[T]
-	seen uint64 // number of the last value that was given out; guarded by n.mu
+	seen uint64 // number of the last value that was returned; guarded by n.mu
 }
 
-// Recv returns the latest value that this Receiver has not returned yet, and waits for one if there is none. Values that
-// were replaced meanwhile are skipped.
+// Recv returns the latest value that this Receiver has not returned yet. It waits if there is none,
+// and skips values that were replaced meanwhile. After the Notify has ended it returns the last
+// value, if that is unread, and then errors.
 //
-// Once the Notify has ended, it returns the last value if that is unread, and from then on the error that Send gives:
-// after Close ErrClosed, after the parent's end one that Is both the parent's Err and its context.Cause.
+// ctx bounds this call. If ctx has ended, Recv returns no value, so that a loop over Recv ends
+// however fast the values come. The unread value stays for the next call. To read the last value of
+// a Notify, do not pass the Notify as ctx, nor a context that ends with it. A nil ctx panics.
 //
-// ctx bounds this call alone. Its end goes before everything else, so that a loop over Recv ends however fast the
-// values come: the error Is both ctx.Err() and context.Cause(ctx), and a value that is unread stays so, for the next
-// call. To get the last value of a Notify, therefore, do not wait under the Notify itself, nor under what ends with it.
-// A nil ctx panics.
+// Errors:
+//   - An error that Is both ctx.Err() and [context.Cause] of ctx if ctx ended.
+//   - [ErrClosed] if the Notify was closed.
+//   - An error that Is both the parent's Err and its context.Cause if the parent ended.
 func (r *Receiver[T]) Recv(ctx context.Context) (T, error) {
 	var none T
 	if ctx == nil {
@@ -121,8 +137,9 @@ func (r *Receiver[T]) Recv(ctx context.Context) (T, error) {
 	}
 }
 
-// take takes the unread value, if there is one. If not, wake is closed by the next Send, and nil if there will be none.
-// It is got under the lock that found nothing, so that no Send comes between.
+// take returns the unread value, if there is one. Otherwise the next Send closes wake; wake is nil
+// if the Notify has ended. take makes wake under the same lock under which it found no value, so
+// that no Send comes between.
 func (r *Receiver[T]) take() (v T, ok bool, wake <-chan struct{}) {
 	n := r.n
 	n.mu.Lock()

@@ -238,6 +238,18 @@ func anchors(page string) map[string]bool {
 	return anchors
 }
 
+func TestDocsTableOfOptionsNamesEveryOption(t *testing.T) {
+	doc, err := exec.Command("go", "doc", ".").Output()
+	require.NoError(t, err)
+	table, _, found := strings.Cut(string(doc), "# Shutting down")
+	require.True(t, found)
+	for name := range exported(t, ".") {
+		if strings.HasPrefix(name, "With") {
+			require.Regexp(t, `\n    `+name+` +x?`, table)
+		}
+	}
+}
+
 // The two pictures differ in their colors only.
 func TestDocsPicturesShowTheSameInLightAndDark(t *testing.T) {
 	color := regexp.MustCompile(`#[0-9a-f]{6}`)
