@@ -17,16 +17,18 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 )
 
-// Each benchmark runs etcdutil and client/v3/concurrency side by side, on the same server. Where the two take turns in
-// blocks, so that both see the same noise, it reports their medians of a block and the ratio of these as metrics of one
-// benchmark; else they are sub-benchmarks, to be compared by benchstat -col /lib.
+// Each benchmark runs etcdutil and client/v3/concurrency on the same server. Most run the two in
+// turn, in blocks, so that both see the same noise. They report the median of each over the
+// blocks, and the ratio of the medians. The others are sub-benchmarks: compare them by benchstat
+// -col /lib.
 
-// A locker is one client's means to take a lock and give it back.
+// A locker acquires and releases a lock once, for one client.
 type locker func(ctx context.Context) error
 
 type library struct {
 	name string
-	// onSession makes a locker whose lease lasts; alone makes one that has a lease for each lock.
+	// onSession returns lockers that share a lease. alone returns one that grants a lease for each
+	// lock.
 	onSession func(b *testing.B, client *clientv3.Client) func(name string) locker
 	alone     func(client *clientv3.Client, name string) locker
 }
@@ -91,7 +93,8 @@ func mutexLocker(session *concurrency.Session, name string) locker {
 	}
 }
 
-// An op is one hand-over of a contended lock, held for no time.
+// BenchmarkHandOver measures how long a contended lock takes to change hands. Holders release it
+// at once.
 func BenchmarkHandOver(b *testing.B) {
 	cluster := etcdtest.Start(b, 1)
 	for _, clients := range []int{2, 8} {
@@ -109,7 +112,7 @@ func BenchmarkHandOver(b *testing.B) {
 	}
 }
 
-// shareOut has the lockers take n turns between them, at once.
+// shareOut runs the lockers concurrently until they have taken n turns in all.
 func shareOut(b *testing.B, lockers []locker, n int) {
 	turns := make(chan struct{}, n)
 	for range n {
@@ -130,7 +133,7 @@ func shareOut(b *testing.B, lockers []locker, n int) {
 	all.Wait()
 }
 
-// An op is one lock taken and given back on a lease that lasts.
+// BenchmarkUncontendedSharedLease acquires and releases a lock on a shared lease.
 func BenchmarkUncontendedSharedLease(b *testing.B) {
 	client := etcdtest.Start(b, 1).Client(b)
 	takeTurns(b, 25, func(lib library) func(n int) {
@@ -138,7 +141,7 @@ func BenchmarkUncontendedSharedLease(b *testing.B) {
 	})
 }
 
-// An op is one lock taken and given back with a lease of its own, which is granted and revoked.
+// BenchmarkUncontendedOwnLease acquires and releases a lock with its own lease.
 func BenchmarkUncontendedOwnLease(b *testing.B) {
 	client := etcdtest.Start(b, 1).Client(b)
 	takeTurns(b, 25, func(lib library) func(n int) {
@@ -146,7 +149,8 @@ func BenchmarkUncontendedOwnLease(b *testing.B) {
 	})
 }
 
-// An op is one uncontended lock taken and given back, on 64 goroutines that share a client and a lease.
+// BenchmarkParallel acquires and releases uncontended locks on 64 goroutines that share a client
+// and a lease.
 func BenchmarkParallel(b *testing.B) {
 	client := etcdtest.Start(b, 1).Client(b)
 	takeTurns(b, 1280, func(lib library) func(n int) {
@@ -167,7 +171,7 @@ func repeat(b *testing.B, l locker) func(n int) {
 	}
 }
 
-// takeTurns compares the two libraries.
+// takeTurns compares the two libraries in blocks of n operations.
 func takeTurns(b *testing.B, n int, run func(lib library) func(n int)) {
 	names, runs := make([]string, len(libraries)), make([]func(n int), len(libraries))
 	for i, lib := range libraries {
@@ -176,7 +180,8 @@ func takeTurns(b *testing.B, n int, run func(lib library) func(n int)) {
 	compare(b, n, names, runs)
 }
 
-// compare runs two contestants in turn in blocks of n ops, and reports the medians over the blocks and their ratio.
+// compare runs two contestants in turn in blocks of n operations. It reports the median of each,
+// and their ratio.
 func compare(b *testing.B, n int, names []string, runs []func(n int)) {
 	times := make([][]time.Duration, len(runs))
 	b.ResetTimer()
@@ -187,7 +192,7 @@ func compare(b *testing.B, n int, names []string, runs []func(n int)) {
 			times[i] = append(times[i], time.Since(start)/time.Duration(n))
 		}
 	}
-	b.ReportMetric(0, "ns/op") // both contestants' together, which says nothing
+	b.ReportMetric(0, "ns/op") // hidden: it would be the sum of both contestants
 	for i, name := range names {
 		b.ReportMetric(float64(median(times[i]).Nanoseconds())/1000, name+"-µs/op")
 	}
@@ -199,8 +204,9 @@ func median(times []time.Duration) time.Duration {
 	return times[len(times)/2]
 }
 
-// An op is one live event: a put by another client, received as a struct that was decoded from JSON. A round is a burst of
-// puts, and its time that until the last is received: by a Watcher, and by a loop over clientv3.Watch and json.Unmarshal.
+// BenchmarkWatch measures live events: puts by another client, received as structs decoded from
+// JSON. It compares a Watcher with a loop over clientv3.Watch and json.Unmarshal. A block is a
+// burst of puts, and ends when the last event is received.
 func BenchmarkWatch(b *testing.B) {
 	const burst = 500
 	cluster := etcdtest.Start(b, 1)
@@ -244,7 +250,7 @@ func BenchmarkWatch(b *testing.B) {
 	require.NoError(b, typed.Close())
 }
 
-// write puts n keys, 100 of them in a transaction.
+// write puts n keys in transactions of 100.
 func write(b *testing.B, client *clientv3.Client, prefix, value string, n int) {
 	for done := 0; done < n; {
 		var ops []clientv3.Op
@@ -257,7 +263,8 @@ func write(b *testing.B, client *clientv3.Client, prefix, value string, n int) {
 	}
 }
 
-// What a followed key costs that has a value of 100 bytes: the watcher's own memory, and none of the server's.
+// BenchmarkFollowedKey measures the memory of a watcher with a snapshot, per key of 100 bytes,
+// without the server's.
 func BenchmarkFollowedKey(b *testing.B) {
 	const keys = 20_000
 	cluster := etcdtest.Start(b, 1)
@@ -281,7 +288,8 @@ func BenchmarkFollowedKey(b *testing.B) {
 	}
 }
 
-// An op is one entry written under a held lock, or one bare put in a transaction that compares nothing.
+// BenchmarkLogWrite compares a fenced log entry with a bare put in a transaction that compares
+// nothing.
 func BenchmarkLogWrite(b *testing.B) {
 	client := etcdtest.Start(b, 1).Client(b)
 	lock, err := Acquire(b.Context(), client, "log", WithTTL(time.Minute))
@@ -306,7 +314,8 @@ func BenchmarkLogWrite(b *testing.B) {
 	require.NoError(b, lock.Close())
 }
 
-// What a held lock on a shared lease costs, once its watch stands: heap and goroutines.
+// BenchmarkHeldLock measures the memory and goroutines of a held lock on a shared lease, once its
+// key is watched.
 func BenchmarkHeldLock(b *testing.B) {
 	const locks = 1000
 	client := etcdtest.Start(b, 1).Client(b)
@@ -318,7 +327,7 @@ func BenchmarkHeldLock(b *testing.B) {
 			held[i], err = Acquire(b.Context(), client, fmt.Sprint("held-", i), WithLease(lease))
 			require.NoError(b, err)
 		}
-		time.Sleep(time.Second) // for the watches
+		time.Sleep(time.Second) // until the watches stand
 	})
 	for _, l := range held {
 		require.NoError(b, l.Close())
@@ -326,7 +335,8 @@ func BenchmarkHeldLock(b *testing.B) {
 	require.NoError(b, lease.Close())
 }
 
-// What a lease that is kept alive costs, with 1,000 of them on one client.
+// BenchmarkKeptLease measures the memory and goroutines of a lease that is kept alive, one of
+// 1,000 on a client.
 func BenchmarkKeptLease(b *testing.B) {
 	const leases = 1000
 	cluster := etcdtest.Start(b, 1)
@@ -339,7 +349,7 @@ func BenchmarkKeptLease(b *testing.B) {
 				kept[i], err = NewLease(b.Context(), client, 10*time.Second, WithKeepAliveInterval(time.Second))
 				require.NoError(b, err)
 			}
-			time.Sleep(2 * time.Second) // for a renewal of each
+			time.Sleep(2 * time.Second) // until each has been renewed
 		})
 		for _, l := range kept {
 			require.NoError(b, l.Close())
@@ -365,8 +375,8 @@ func BenchmarkKeptLease(b *testing.B) {
 	})
 }
 
-// reportCost reports what each of n resources that hold makes costs the process: heap, stacks and goroutines. The
-// in-process server's part is included.
+// reportCost calls hold, which makes n resources, and reports the heap, stacks and goroutines
+// that each adds to the process. The in-process server's part is included.
 func reportCost(b *testing.B, n int, hold func()) {
 	before, goroutines := inUse()
 	hold()

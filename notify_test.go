@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// mustRecv expects a value at once.
+// mustRecv requires that r returns want at once.
 func mustRecv[T any](t testing.TB, r *Receiver[T], want T) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -24,7 +24,7 @@ func mustRecv[T any](t testing.TB, r *Receiver[T], want T) {
 	require.Equal(t, want, v)
 }
 
-// mustRecvEnd expects the end, now and from now on, without a value.
+// mustRecvEnd requires that r returns no value any more, and an error that Is each of causes.
 func mustRecvEnd(t testing.TB, r *Receiver[int], causes ...error) {
 	t.Helper()
 	for range 2 {
@@ -36,7 +36,7 @@ func mustRecvEnd(t testing.TB, r *Receiver[int], causes ...error) {
 	}
 }
 
-// mustNotRecv expects neither a value nor the end. In a bubble alone, or it takes the time that it says.
+// mustNotRecv requires that r waits. Call it only in a bubble: outside it takes an hour.
 func mustNotRecv(t testing.TB, r *Receiver[int]) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Hour)
@@ -57,7 +57,7 @@ func TestNotifyGivesEachReceiverTheLatestValueOnce(t *testing.T) {
 			for _, r := range receivers {
 				waiting = append(waiting, start(func() (int, error) { return r.Recv(context.Background()) }))
 			}
-			synctest.Wait() // all of them are in Recv
+			synctest.Wait() // until all of them are in Recv
 			require.NoError(t, n.Send(round))
 			for _, w := range waiting {
 				<-w.done
@@ -72,7 +72,7 @@ func TestNotifyGivesEachReceiverTheLatestValueOnce(t *testing.T) {
 			mustRecv(t, r, 8)
 		}
 		mustNotRecv(t, receivers[0])
-		// No Close: the bubble would not end if a goroutine were left.
+		// Without Close: the bubble would not end if a goroutine were left.
 	})
 }
 
@@ -82,7 +82,7 @@ func TestNotifyReceiverSeesTheValueCurrentAtItsCreation(t *testing.T) {
 		early := n.Receiver()
 		mustNotRecv(t, early)
 		require.NoError(t, n.Send(0)) // the zero value is a value
-		require.NoError(t, n.Send(0)) // and again a new one
+		require.NoError(t, n.Send(0)) // the same value, sent again, is a new one
 		mustRecv(t, n.Receiver(), 0)
 		mustRecv(t, early, 0)
 		mustNotRecv(t, early)
@@ -248,7 +248,7 @@ func TestNotifyRecvUnderAnEndedContextLeavesTheValueUnread(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	cancel(reason)
 
-	for range 50 { // never by chance
+	for range 50 { // often, because a wrong choice between two ready channels is random
 		require.NoError(t, n.Send(1))
 		v, err := r.Recv(ctx)
 		require.ErrorIs(t, err, context.Canceled)
@@ -261,7 +261,7 @@ func TestNotifyRecvUnderAnEndedContextLeavesTheValueUnread(t *testing.T) {
 	require.NoError(t, n.Close())
 	_, err := r.Recv(ctx)
 	require.ErrorIs(t, err, reason)
-	_, err = r.Recv(n) // under itself
+	_, err = r.Recv(n) // the Notify is its own ctx
 	require.ErrorIs(t, err, ErrClosed)
 	mustRecv(t, r, 2)
 	_, err = r.Recv(ctx)
@@ -272,7 +272,7 @@ func TestNotifyRecvUnderAnEndedContextLeavesTheValueUnread(t *testing.T) {
 func TestNotifySendNeverBlocksAndAllocatesNothingWhileNobodyWaits(t *testing.T) {
 	n := NewNotify[int](context.Background())
 	for range 1000 {
-		r := n.Receiver() // read once, and never again
+		r := n.Receiver() // reads once
 		_ = n.Send(0)
 		mustRecv(t, r, 0)
 	}
@@ -313,7 +313,7 @@ func TestNotifyLosesNoWakeUp(t *testing.T) {
 			if err := n.Send(i); err != nil {
 				return struct{}{}, err
 			}
-			acks.Wait() // until all have read i, and are on their way back into Recv
+			acks.Wait() // until all have read i and are about to call Recv again
 		}
 		return struct{}{}, n.Close()
 	})
@@ -326,7 +326,8 @@ func TestNotifyLosesNoWakeUp(t *testing.T) {
 	}
 }
 
-// What a Send has accepted is seen by all, though the end comes at the same time; nobody is told the end before.
+// Each receiver reads what a Send has accepted before it reports the end, even if both happen at
+// once.
 func TestNotifyEveryReceiverSeesTheLastAcceptedValueWhenTheEndRacesWithSend(t *testing.T) {
 	for name, end := range map[string]func(n *Notify[int], cancel context.CancelFunc){
 		"Close":            func(n *Notify[int], _ context.CancelFunc) { _ = n.Close() },
@@ -355,7 +356,7 @@ func TestNotifyEveryReceiverSeesTheLastAcceptedValueWhenTheEndRacesWithSend(t *t
 						accepted++
 						begun.Store(int64(accepted))
 						if accepted%32 == 0 {
-							runtime.Gosched() // or it keeps the only processor
+							runtime.Gosched() // otherwise it may keep the only processor
 						}
 					}
 					return accepted, nil
@@ -382,7 +383,7 @@ func TestNotifyManySendersAndReceiversAtOnce(t *testing.T) {
 	final := value{sender: -1}
 	n := NewNotify[value](context.Background())
 
-	// Each reader keeps what it has last seen of each sender. Every second one gives up all the time.
+	// Each reader notes the last value of each sender. Every second reader often gives up.
 	read := func(patient bool) func() (value, error) {
 		return func() (last value, err error) {
 			seen := map[int]int{}
@@ -486,7 +487,7 @@ func TestNotifyAndItsReceiversStartNoGoroutine(t *testing.T) {
 				mustNotRecv(t, r)
 			}
 		}
-		runtime.KeepAlive(cancel) // never called: nothing has ended, and the bubble would wait for a goroutine
+		runtime.KeepAlive(cancel) // not called: the bubble would wait for a goroutine
 	})
 }
 
@@ -501,7 +502,7 @@ func TestNotifyKeepsOneValueAndNoReceiver(t *testing.T) {
 		mustRecv(t, gone, v)
 		short, stop := context.WithTimeout(context.Background(), time.Millisecond)
 		defer stop()
-		_, err := gone.Recv(short) // it has waited, too
+		_, err := gone.Recv(short) // this receiver has waited as well
 		require.ErrorIs(t, err, context.DeadlineExceeded)
 		return weak.Make(v), weak.Make(gone)
 	}()
@@ -530,7 +531,7 @@ func TestNotifyCloseDetachesFromTheParent(t *testing.T) {
 	require.Zero(t, parent.children.Load())
 }
 
-// countingContext counts the contexts that want to be told its end.
+// countingContext counts the contexts that follow its end.
 type countingContext struct {
 	context.Context
 	done     chan struct{}
@@ -539,7 +540,7 @@ type countingContext struct {
 
 func (c *countingContext) Done() <-chan struct{} { return c.done }
 
-// AfterFunc is what package context calls, if there is one.
+// AfterFunc is called by package context to follow the end.
 func (c *countingContext) AfterFunc(func()) (stop func() bool) {
 	c.children.Add(1)
 	return func() bool { c.children.Add(-1); return true }
