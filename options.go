@@ -50,13 +50,17 @@ type config struct {
 	logger   *slog.Logger
 	observer *Observer
 	retry    RetryPolicy
-	reporter *reporter // set by finish
+	reporter *reporter // set by finish, unless it is given
 }
 
 func newConfig(client *clientv3.Client) config { return config{client: client, logger: discard} }
 
 // finish is called when all options have been applied.
-func (c *config) finish() { c.reporter = newReporter(c.logger, c.observer) }
+func (c *config) finish() {
+	if c.reporter == nil { // else several resources share one
+		c.reporter = newReporter(c.logger, c.observer)
+	}
+}
 
 type option func(*config)
 

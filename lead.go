@@ -1,0 +1,327 @@
+package etcdutil
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// Lead runs fn whenever this process holds the lock of this name: it waits its turn, runs fn under
+// the lock's context, waits for fn, and releases. At most one process leads at a time, and its
+// context ends before the next one leads.
+//
+//	err := etcdutil.Lead(ctx, client, "scheduler/leader", func(ctx context.Context) error {
+//		return schedule(ctx) // canceled when this process no longer surely leads
+//	}, etcdutil.WithValue(hostname))
+//
+// fn resigns by returning. It finds its lock, for fenced writes, with [LockFrom]. If fn panics,
+// Lead releases and the panic goes on.
+//
+// Where the lock is lost before fn has returned, Lead ignores fn's result, even nil, and waits its
+// turn again. Lead also waits through everything that can pass: etcd that cannot be reached for any
+// length of time, a lost lease, a deleted key, a restored etcd, an etcd without space. It pauses
+// between two attempts as [RetryPolicy] says: longer each time, with jitter. A policy that sets
+// Attempts or Elapsed bounds each request of Lead, and Lead returns when one gives up; the defaults
+// do not end it. [WithAcquireTimeout] bounds each wait for a turn, outages included.
+//
+// ctx is the parent of each lock. When it ends, so does fn's context, and Lead returns when fn has.
+// While it waits it returns within 100 ms, and removes its key in the background if necessary.
+//
+// Lead returns nil if fn returns nil while the lock is held, and else:
+//   - fn's error if the lock was still held.
+//   - ctx's end: an error that Is both ctx.Err() and context.Cause(ctx).
+//   - context.DeadlineExceeded if WithAcquireTimeout has passed.
+//   - [ErrInvalidName], or an error that names the argument.
+//   - [ErrLockHeld] under the context of a lock of the same name.
+//   - rpctypes.ErrPermissionDenied, and whatever else etcd refuses for good.
+//   - [ErrLeaseExpired], [ErrLeaseRevoked], [ErrClosed] or its parent's end if the lease of
+//     [WithLease] has ended.
+//
+// A release that etcd did not confirm changes nothing of this: the next leader then waits for the
+// lease's end.
+func Lead(ctx context.Context, client *clientv3.Client, name string, fn func(ctx context.Context) error, opts ...LockOption) error {
+	if fn == nil {
+		panic("etcdutil: nil fn")
+	}
+	c, err := newLockConfig(ctx, client, name, opts)
+	if err != nil {
+		return err
+	}
+	policy := c.retry.withDefaults()
+	waiting := time.Now()
+	for failed := 1; ; failed++ {
+		began := time.Now()
+		lock, err := Acquire(ctx, client, name, append(opts[:len(opts):len(opts)], c.attempt(waiting))...)
+		switch {
+		case err == nil:
+			lost, err := lead(ctx, lock, fn)
+			if !lost {
+				return err
+			}
+			waiting = time.Now()
+		case !c.canCampaign(ctx, err):
+			return err
+		default:
+			c.reporter.retrying(RetryEvent{Op: "lead", Attempt: failed, Err: err})
+		}
+		if time.Since(began) > policy.Max {
+			failed = 1 // it led or waited for a while: this is another fault
+		}
+		sleep(ctx, policy.backoff(failed))
+	}
+}
+
+// lead runs fn for as long as the lock is held. lost reports that the lock was lost before fn's
+// result could count.
+func lead(ctx context.Context, lock *Lock, fn func(ctx context.Context) error) (lost bool, err error) {
+	defer lock.Close() // also if fn panics
+	err = lock.Do(ctx, fn)
+	return errors.Is(lock.lost(), ErrLockLost), err
+}
+
+// attempt returns the options of one of Lead's attempts, all of which report to one reporter.
+// waiting is when this process began to wait.
+func (c *lockConfig) attempt(waiting time.Time) LockOption {
+	return lockOption(func(attempt *lockConfig) {
+		attempt.reporter = c.reporter
+		if c.timeout != nil {
+			left := max(*c.timeout-time.Since(waiting), 1)
+			attempt.timeout = &left
+		}
+	})
+}
+
+// canCampaign reports whether another Acquire can succeed after one that failed with err.
+func (c *lockConfig) canCampaign(ctx context.Context, err error) bool {
+	switch {
+	case ctx.Err() != nil || c.client.Ctx().Err() != nil:
+		return false
+	case c.shared && (c.lease.stopCause() != nil || c.lease.Err() != nil):
+		return false
+	case errors.Is(err, ErrLockLost), errors.Is(err, ErrLeaseExpired), errors.Is(err, rpctypes.ErrNoSpace):
+		return true
+	case c.timeout != nil && errors.Is(err, context.DeadlineExceeded):
+		return false
+	case c.retry.Attempts != 0 || c.retry.Elapsed != 0:
+		return false
+	}
+	return IsTransient(err) || isContextError(err) // the default policy gave up
+}
+
+// A Contender is the holder of a lock, or a leader.
+type Contender struct {
+	// Name is the lock's.
+	Name string
+	// Key is the contender's key in etcd.
+	Key string
+	// Value is what the contender stored there: that of [WithValue], or of concurrency.Election's
+	// Campaign.
+	Value string
+	// Token is the contender's fencing token: its key's create revision.
+	Token Revision
+	// Lease is the lease that the key is attached to.
+	Lease clientv3.LeaseID
+}
+
+func contenderOf(name string, kv *mvccpb.KeyValue) Contender {
+	return Contender{
+		Name:  name,
+		Key:   string(kv.Key),
+		Value: string(kv.Value),
+		Token: kv.CreateRevision,
+		Lease: clientv3.LeaseID(kv.Lease),
+	}
+}
+
+// Holder reads who holds the lock of this name, or leads by it: the oldest contender. Contenders
+// are also those of concurrency.Mutex, concurrency.Election, etcdctl lock and etcdctl elect. Keys
+// without a lease, and locks whose name begins with name and a slash, are none.
+//
+// The answer is etcd's, and may be out of date when it arrives. Holder costs two small requests,
+// however many contend; the values of other keys below the name are not read.
+//
+// Errors:
+//   - [ErrNoHolder] if nobody holds it.
+//   - [ErrInvalidName].
+//   - ctx's end, or what etcd answered when [RetryPolicy] gave up.
+func Holder(ctx context.Context, client *clientv3.Client, name string, opts ...RetryOption) (Contender, error) {
+	if err := requireClient(ctx, client); err != nil {
+		return Contender{}, err
+	}
+	c := newConfig(client)
+	for _, o := range opts {
+		o.applyRetry(&c)
+	}
+	c.finish()
+	if err := validateName(name); err != nil {
+		return Contender{}, err
+	}
+	if err := c.retry.validate(); err != nil {
+		return Contender{}, err
+	}
+	kv, _, err := oldestContender(ctx, &c, name)
+	switch {
+	case err != nil:
+		return Contender{}, fmt.Errorf("etcdutil: read the holder of %q: %w", name, err)
+	case kv == nil:
+		return Contender{}, fmt.Errorf("%w %q", ErrNoHolder, name)
+	}
+	return contenderOf(name, kv), nil
+}
+
+const (
+	firstKeys   = 8    // read at once; more only where there are so many strays
+	maxKeys     = 1000 // read at once
+	leaseChecks = 100  // in one transaction, of which etcd takes 128 operations
+)
+
+// oldestContender returns the oldest contender for name, or nil, and a revision up to which no
+// later change is in it.
+func oldestContender(ctx context.Context, c *config, name string) (*mvccpb.KeyValue, Revision, error) {
+	for {
+		s := holderScan{c: c, name: name}
+		kv, rev, err := s.run(ctx)
+		if err != nil || kv != nil || !s.moved {
+			return kv, rev, err
+		}
+	}
+}
+
+// A holderScan looks for the oldest contender once.
+//
+// It reads keys without values, because strays may be large and many. etcd 3.7 then returns no
+// leases either, so it asks for these by comparisons.
+type holderScan struct {
+	c    *config
+	name string
+
+	// moved reports that a key was seen and then gone: the scan may have missed its successor.
+	moved bool
+}
+
+func (s *holderScan) run(ctx context.Context) (*mvccpb.KeyValue, Revision, error) {
+	var seen, from Revision
+	for limit := int64(firstKeys); ; limit = min(8*limit, maxKeys) {
+		page, err := s.oldestKeys(ctx, from, limit)
+		if err != nil {
+			return nil, 0, err
+		}
+		if seen == 0 {
+			seen = page.Header.Revision
+		}
+		kv, rev, err := s.firstLeased(ctx, s.directlyBelow(page.Kvs))
+		switch {
+		case err != nil:
+			return nil, 0, err
+		case kv != nil:
+			return kv, rev, nil
+		case !page.More:
+			return nil, seen, nil
+		}
+		// The next page begins at the same revision: one transaction can create several keys.
+		first, last := page.Kvs[0].CreateRevision, page.Kvs[len(page.Kvs)-1].CreateRevision
+		if from = last; first == last && limit == maxKeys {
+			from++
+		}
+	}
+}
+
+// oldestKeys reads the oldest keys below the name, without their values, from a create revision on.
+func (s *holderScan) oldestKeys(ctx context.Context, from Revision, limit int64) (*clientv3.GetResponse, error) {
+	return retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return s.c.client.Get(ctx, prefix(s.name), clientv3.WithPrefix(), clientv3.WithKeysOnly(),
+			clientv3.WithMinCreateRev(from), clientv3.WithLimit(limit),
+			clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	})
+}
+
+// directlyBelow returns the keys that have a contender's form.
+func (s *holderScan) directlyBelow(kvs []*mvccpb.KeyValue) []*mvccpb.KeyValue {
+	var direct []*mvccpb.KeyValue
+	for _, kv := range kvs {
+		if !bytes.Contains(kv.Key[len(prefix(s.name)):], []byte("/")) {
+			direct = append(direct, kv)
+		}
+	}
+	return direct
+}
+
+// firstLeased returns the first of keys that has a lease, with its value, and the revision at which
+// that was so; nil if none has one.
+func (s *holderScan) firstLeased(ctx context.Context, keys []*mvccpb.KeyValue) (*mvccpb.KeyValue, Revision, error) {
+	for len(keys) > 0 {
+		kv, rev, err := s.getLeased(ctx, keys[0])
+		if kv != nil || err != nil {
+			return kv, rev, err
+		}
+		if keys, err = s.skipStrays(ctx, keys[1:]); err != nil {
+			return nil, 0, err
+		}
+	}
+	return nil, 0, nil
+}
+
+// getLeased reads a key if it has a lease and is still the one that was seen.
+func (s *holderScan) getLeased(ctx context.Context, kv *mvccpb.KeyValue) (*mvccpb.KeyValue, Revision, error) {
+	resp, err := retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		return s.c.client.Txn(ctx).If(isLeased(kv)...).Then(clientv3.OpGet(string(kv.Key))).Else(getMeta(kv)).Commit()
+	})
+	if err != nil {
+		return nil, 0, err
+	}
+	got := resp.Responses[0].GetResponseRange().Kvs
+	if resp.Succeeded {
+		return got[0], resp.Header.Revision, nil
+	}
+	s.noteStray(kv, got)
+	return nil, 0, nil
+}
+
+// skipStrays returns keys from the first one with a lease on, as far as one transaction can look.
+func (s *holderScan) skipStrays(ctx context.Context, keys []*mvccpb.KeyValue) ([]*mvccpb.KeyValue, error) {
+	if len(keys) == 0 {
+		return nil, nil
+	}
+	checks := make([]clientv3.Op, min(len(keys), leaseChecks))
+	for i := range checks {
+		checks[i] = clientv3.OpTxn(isLeased(keys[i]), nil, []clientv3.Op{getMeta(keys[i])})
+	}
+	resp, err := retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		return s.c.client.Txn(ctx).Then(checks...).Commit()
+	})
+	if err != nil {
+		return nil, err
+	}
+	for i, r := range resp.Responses {
+		check := r.GetResponseTxn()
+		if check.Succeeded {
+			return keys[i:], nil
+		}
+		s.noteStray(keys[i], check.Responses[0].GetResponseRange().Kvs)
+	}
+	return keys[len(checks):], nil
+}
+
+// noteStray notes whether a key without a lease is the one that was seen.
+func (s *holderScan) noteStray(seen *mvccpb.KeyValue, now []*mvccpb.KeyValue) {
+	if len(now) == 0 || now[0].CreateRevision != seen.CreateRevision {
+		s.moved = true
+	}
+}
+
+func isLeased(kv *mvccpb.KeyValue) []clientv3.Cmp {
+	return []clientv3.Cmp{
+		clientv3.Compare(clientv3.CreateRevision(string(kv.Key)), "=", kv.CreateRevision),
+		clientv3.Compare(clientv3.LeaseValue(string(kv.Key)), "!=", clientv3.NoLease),
+	}
+}
+
+func getMeta(kv *mvccpb.KeyValue) clientv3.Op {
+	return clientv3.OpGet(string(kv.Key), clientv3.WithKeysOnly())
+}
