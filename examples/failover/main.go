@@ -1,10 +1,13 @@
-// Failover shows what becomes of a lock whose holder is cut off from etcd, and checks that it is what etcdutil promises.
+// Failover plays what happens to a lock whose holder is cut off from etcd, and checks etcdutil's
+// promises.
 //
-// Three workers contend for one lock, and whoever holds it counts up a counter in etcd. After a few turns the worker
-// that holds the lock loses its network. Its context must end before another worker gets the lock; what it still tries
-// to write when it is back must be refused; and the counter must be right in the end.
+// Three workers contend for one lock. The holder increments a counter in etcd. After a few turns
+// the holder loses its network. Then this must hold:
+//   - The holder's context ends before another worker gets the lock.
+//   - What the holder tries to write after its return is refused.
+//   - The counter is right in the end.
 //
-// It exits with 0 if all of that held, else it says what did not and exits with 1.
+// It exits with 0 if all of that held. Otherwise it prints what did not hold and exits with 1.
 package main
 
 import (
@@ -28,11 +31,11 @@ import (
 )
 
 const (
-	ttl      = 2 * time.Second        // of the lock's lease: the least that etcd grants
-	steps    = 3                      // of work in a turn
-	effort   = 100 * time.Millisecond // of a step
-	cutTurn  = 5                      // the turn whose holder is cut off
-	patience = time.Minute            // for all of it; a few seconds are usual
+	ttl      = 2 * time.Second        // TTL of the lock's lease: the least that etcd grants
+	steps    = 3                      // steps of work in a turn
+	effort   = 100 * time.Millisecond // time that a step takes
+	cutTurn  = 5                      // number of the turn whose holder is cut off
+	patience = time.Minute            // bound of the whole run, which usually takes a few seconds
 )
 
 func main() {
@@ -49,13 +52,13 @@ func main() {
 	}
 }
 
-// run plays it once, and returns nil if everything held.
+// run plays the failover once. It returns nil if everything held.
 func run(ctx context.Context, args []string, stdout io.Writer) error {
 	endpoint, err := parse(args, stdout)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("not over after %v", patience))
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("not finished after %v", patience))
 	defer cancel()
 	if endpoint == "" {
 		cluster, err := etcdtest.New(1)
@@ -76,23 +79,23 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	return s.verdict(ctx)
 }
 
-// parse returns the endpoint to use, or "" for an etcd of our own.
+// parse returns the endpoint to use, or "" for an etcd in this process.
 func parse(args []string, stdout io.Writer) (endpoint string, err error) {
 	flags := flag.NewFlagSet("failover", flag.ContinueOnError)
 	flags.SetOutput(stdout)
 	flags.Usage = func() {
 		fmt.Fprint(stdout, `usage: failover [-endpoints host:port,...]
 
-Three workers contend for a lock in etcd. The one that holds it is cut off from
-etcd for a while. The timeline shows, in seconds since the start, that it is told
-before another worker gets the lock, and that it can write nothing afterwards.
-Exits with 0 if that is so, with 1 if not. Takes a few seconds.
+Three workers contend for a lock in etcd. Its holder is cut off from etcd for a
+while. The timeline shows, in seconds since the start, that the holder's context
+ends before another worker gets the lock, and that the holder can write nothing
+afterwards. Exits with 0 if that holds, with 1 if not. Takes a few seconds.
 
 `)
 		flags.PrintDefaults()
 	}
-	list := flags.String("endpoints", "", "use the etcd at `host:port,...`, which needs neither TLS nor a user, instead of\n"+
-		"one in this process. Of several endpoints the first is used. What is written is\nremoved in the end")
+	list := flags.String("endpoints", "", "use the etcd at `host:port,...` without TLS or a user, instead of one in this\n"+
+		"process. Of several endpoints the first is used. The program removes in the end\nwhat it has written")
 	if err := flags.Parse(args); err != nil {
 		return "", err
 	}
@@ -103,11 +106,11 @@ Exits with 0 if that is so, with 1 if not. Takes a few seconds.
 	return endpoint, nil
 }
 
-// stage is what the workers share, and the record of what they did.
+// stage holds what the workers share, and the record of what they did.
 type stage struct {
 	lockName string
 	counter  string // the key that is counted up
-	last     string // the key that says who did
+	last     string // the key that names the last worker
 	etcd     *clientv3.Client
 	start    time.Time
 	tookOver chan time.Time // from the holder after the one that is cut off
@@ -116,22 +119,22 @@ type stage struct {
 	stdout   io.Writer
 
 	mu        sync.Mutex
-	tokens    []etcdutil.Revision // of the holders, in their order
-	committed int                 // steps of which a worker knows that they were committed
+	tokens    []etcdutil.Revision // tokens of the holders, in their order
+	committed int                 // steps that Commit reported as applied
 	fall      *fall
 	over      bool
 }
 
 // fall is how a worker lost the lock.
 type fall struct {
-	told, tookOver time.Time
-	cause          error // of the lock's end
-	commit         error // what Commit said when the worker was back
-	guarded        bool  // whether etcd let it write where it compared IsOwner
-	closed         error // what Close said
+	ended, tookOver time.Time
+	cause           error // of the lock's end
+	commit          error // result of the late Commit
+	guarded         bool  // whether etcd applied the late transaction that compares IsOwner
+	closed          error // result of Close
 }
 
-// newStage sets the counter to 0, under keys that no other run uses.
+// newStage chooses keys that no other run uses, and sets the counter to 0.
 func newStage(ctx context.Context, endpoint string, stdout io.Writer) (*stage, error) {
 	etcd, err := newClient(endpoint)
 	if err != nil {
@@ -156,12 +159,12 @@ func newStage(ctx context.Context, endpoint string, stdout io.Writer) (*stage, e
 	return s, nil
 }
 
-// close removes what was written.
+// close removes the keys.
 func (s *stage) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	if _, err := s.etcd.Txn(ctx).Then(clientv3.OpDelete(s.counter), clientv3.OpDelete(s.last)).Commit(); err != nil {
-		s.say("", "%s and %s are not removed: %v", s.counter, s.last, err)
+		s.say("", "%s and %s were not removed: %v", s.counter, s.last, err)
 	}
 	_ = s.etcd.Close()
 }
@@ -174,7 +177,7 @@ func newClient(endpoint string) (*clientv3.Client, error) {
 	})
 }
 
-// play has the workers work until the one that was cut off has had another turn.
+// play runs the workers until the one that was cut off has had another turn.
 func (s *stage) play(ctx context.Context, endpoint string) error {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -185,7 +188,7 @@ func (s *stage) play(ctx context.Context, endpoint string) error {
 			fail(err)
 			break
 		}
-		working.Go(func() { // until it is over, or somebody fails
+		working.Go(func() { // until the last turn ends, or a worker fails
 			defer w.close()
 			if err := w.run(ctx); err != nil {
 				fail(fmt.Errorf("%s: %w", name, err))
@@ -196,13 +199,13 @@ func (s *stage) play(ctx context.Context, endpoint string) error {
 	return context.Cause(ctx)
 }
 
-// worker is one contender, with its own way to etcd.
+// worker is one contender, with its own link to etcd.
 type worker struct {
 	*stage
 	name   string
 	link   *etcdtest.Link
 	client *clientv3.Client
-	fell   bool // it is back from its fall
+	fell   bool // it has lost a lock and returned
 }
 
 func newWorker(s *stage, name, endpoint string) (*worker, error) {
@@ -244,7 +247,7 @@ func (w *worker) run(ctx context.Context) error {
 	}
 }
 
-// enter notes who holds the lock now. It returns the number of the turn, from 1, or 0 when it is over.
+// enter notes the new holder. It returns the number of the turn, from 1, or 0 after the last turn.
 func (w *worker) enter(lock *etcdutil.Lock) (turn int) {
 	now := time.Now()
 	w.mu.Lock()
@@ -261,7 +264,7 @@ func (w *worker) enter(lock *etcdutil.Lock) (turn int) {
 	return turn
 }
 
-// takeTurn works a while, and gives the lock back.
+// takeTurn works for some steps, and releases the lock.
 func (w *worker) takeTurn(ctx context.Context, lock *etcdutil.Lock) error {
 	err := lock.Do(ctx, func(ctx context.Context) error {
 		for range steps {
@@ -277,15 +280,15 @@ func (w *worker) takeTurn(ctx context.Context, lock *etcdutil.Lock) error {
 	return errors.Join(err, lock.Close())
 }
 
-// end is called by the holder of the lock: nobody else is at work.
+// end makes this turn the last. Only the holder of the lock calls it.
 func (s *stage) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.over = true
 }
 
-// step counts one up. The lock keeps others from doing so between the read and the write; if it cannot, because it was
-// lost meanwhile, Commit refuses.
+// step increments the counter. The lock keeps others from writing it between the read and the
+// write. If the lock was lost meanwhile, Commit refuses to write.
 func (w *worker) step(ctx context.Context, lock *etcdutil.Lock) error {
 	count, _, err := w.count(ctx, w.client)
 	if err != nil {
@@ -308,7 +311,7 @@ func (w *worker) puts(count int) []clientv3.Op {
 	}
 }
 
-// count reads the counter, and how often it has been written since it was set to 0.
+// count returns the counter, and how often it was written since it was set to 0.
 func (s *stage) count(ctx context.Context, etcd *clientv3.Client) (count, writes int, err error) {
 	resp, err := etcd.Get(ctx, s.counter)
 	if err != nil {
@@ -321,21 +324,21 @@ func (s *stage) count(ctx context.Context, etcd *clientv3.Client) (count, writes
 	return count, int(resp.Kvs[0].Version) - 1, err
 }
 
-// loseTurn is cut off from etcd while it works. When another has taken over, it is back, and knows no better than to
-// write what it was about to.
+// loseTurn is a turn in which the worker is cut off from etcd. After another worker has taken
+// over, the network is restored, and the worker tries to write as if nothing had happened.
 func (w *worker) loseTurn(ctx context.Context, lock *etcdutil.Lock) error {
-	defer lock.Close() // also where this fails
+	defer lock.Close() // in case of an error
 
 	var f fall
-	told := make(chan time.Time, 1)
-	context.AfterFunc(lock, func() { told <- time.Now() })
+	ended := make(chan time.Time, 1)
+	context.AfterFunc(lock, func() { ended <- time.Now() })
 
-	count, cut, err := w.workUntilTold(ctx, lock)
+	count, cut, err := w.workUntilLost(ctx, lock)
 	if err != nil {
 		return err
 	}
-	f.told, f.cause = <-told, context.Cause(lock)
-	w.sayAt(f.told, w.name, "is told, %s later: %v", seconds(f.told.Sub(cut)), f.cause)
+	f.ended, f.cause = <-ended, context.Cause(lock)
+	w.sayAt(f.ended, w.name, "stops, %s later: %v", seconds(f.ended.Sub(cut)), f.cause)
 
 	select {
 	case f.tookOver = <-w.tookOver:
@@ -343,7 +346,7 @@ func (w *worker) loseTurn(ctx context.Context, lock *etcdutil.Lock) error {
 		return context.Cause(ctx)
 	}
 	w.link.Heal()
-	w.say(w.name, "is back, and tries to write as if nothing had happened")
+	w.say(w.name, "has its network back, and tries to write as if nothing had happened")
 	if err := w.writeLate(ctx, lock, count+1, &f); err != nil {
 		return err
 	}
@@ -354,9 +357,9 @@ func (w *worker) loseTurn(ctx context.Context, lock *etcdutil.Lock) error {
 	return nil
 }
 
-// workUntilTold works with the network gone until the lock's context ends. It returns the last count that it has read,
-// and when it was cut off.
-func (w *worker) workUntilTold(ctx context.Context, lock *etcdutil.Lock) (count int, cut time.Time, err error) {
+// workUntilLost cuts the network, and works until the lock's context ends. It returns the last
+// count that it has read, and the time of the cut.
+func (w *worker) workUntilLost(ctx context.Context, lock *etcdutil.Lock) (count int, cut time.Time, err error) {
 	err = lock.Do(ctx, func(ctx context.Context) error {
 		if err := w.step(ctx, lock); err != nil {
 			return err
@@ -366,25 +369,25 @@ func (w *worker) workUntilTold(ctx context.Context, lock *etcdutil.Lock) (count 
 		}
 		w.link.Cut()
 		cut = time.Now()
-		w.sayAt(cut, w.name, "is cut off from etcd, and works on")
-		return w.step(ctx, lock) // gets no answer, and is called off when ctx ends
+		w.sayAt(cut, w.name, "is cut off from etcd, and continues to work")
+		return w.step(ctx, lock) // gets no answer, and is canceled when ctx ends
 	})
 	if errors.Is(err, etcdutil.ErrLockLost) {
 		return count, cut, nil
 	}
 	if err == nil {
-		err = errors.New("was cut off, and nobody said so")
+		err = errors.New("was cut off, but its lock was not lost")
 	}
 	return 0, cut, err
 }
 
-// writeLate tries to write under a lock that was lost. Commit refuses without asking etcd; a transaction that compares
-// IsOwner is refused by etcd itself.
+// writeLate tries to write under a lock that was lost. Commit refuses without asking etcd. etcd
+// itself refuses a transaction that compares IsOwner.
 func (w *worker) writeLate(ctx context.Context, lock *etcdutil.Lock, count int, f *fall) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	_, f.commit = lock.Commit(ctx, w.puts(count)...)
-	w.say(w.name, "is answered by Commit: %v", f.commit)
+	w.say(w.name, "gets from Commit: %v", f.commit)
 	resp, err := etcdutil.Retry(ctx, func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return w.client.Txn(ctx).If(lock.IsOwner()).Then(w.puts(count)...).Commit()
 	})
@@ -392,11 +395,11 @@ func (w *worker) writeLate(ctx context.Context, lock *etcdutil.Lock, count int, 
 		return err
 	}
 	f.guarded = resp.Succeeded
-	w.say(w.name, "is answered by etcd, where it compares IsOwner: written=%t", f.guarded)
+	w.say(w.name, "gets from a transaction that compares IsOwner: written=%t", f.guarded)
 	return nil
 }
 
-// verdict returns what did not hold.
+// verdict returns an error for each promise that did not hold.
 func (s *stage) verdict(ctx context.Context) error {
 	count, writes, err := s.count(ctx, s.etcd)
 	if err != nil {
@@ -404,26 +407,26 @@ func (s *stage) verdict(ctx context.Context) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f, margin := s.fall, s.fall.tookOver.Sub(s.fall.told)
+	f, margin := s.fall, s.fall.tookOver.Sub(s.fall.ended)
 	var failures []error
 	check := func(held bool, format string, args ...any) {
 		if !held {
 			failures = append(failures, fmt.Errorf(format, args...))
 		}
 	}
-	check(margin > 0, "the holder was told %s after the next one took over", seconds(-margin))
+	check(margin > 0, "the holder's context ended %s after the next one took over", seconds(-margin))
 	check(errors.Is(f.cause, etcdutil.ErrLockLost) && errors.Is(f.cause, etcdutil.ErrLeaseExpired),
-		"the holder was told a wrong cause: %v", f.cause)
+		"the holder's context ended with a wrong cause: %v", f.cause)
 	check(growing(s.tokens), "tokens do not grow: %v", s.tokens)
 	check(errors.Is(f.commit, etcdutil.ErrLockLost), "the late Commit was not refused: %v", f.commit)
 	check(!f.guarded, "the late transaction was not refused")
-	check(errors.Is(f.closed, etcdutil.ErrLockLost), "Close did not say that the lock was lost: %v", f.closed)
+	check(errors.Is(f.closed, etcdutil.ErrLockLost), "Close did not report that the lock was lost: %v", f.closed)
 	check(count == s.committed && writes == s.committed,
 		"the counter is %d after %d writes, of which %d were committed under the lock", count, writes, s.committed)
 	if len(failures) > 0 {
 		return errors.Join(failures...)
 	}
-	s.say("", "told %s before the next one took over; %d tokens, each greater than the one before;", seconds(margin), len(s.tokens))
+	s.say("", "the context ended %s before the next one took over; %d tokens, each greater;", seconds(margin), len(s.tokens))
 	s.say("", "counter %d, written %d times, by %d commits under the lock: all held", count, writes, s.committed)
 	return nil
 }

@@ -8,7 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestTheCutOffHolderIsToldBeforeTheNextOneTakesOverAndWritesNothing(t *testing.T) {
+func TestFailoverEndsTheHoldersContextBeforeTheNextOneTakesOver(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
 	err := run(t.Context(), nil, &out)
@@ -17,24 +17,24 @@ func TestTheCutOffHolderIsToldBeforeTheNextOneTakesOverAndWritesNothing(t *testi
 	for _, line := range []string{
 		`holds the lock, token \d+`,
 		`is cut off from etcd`,
-		`is told, \d+\.\d+ s later: etcdutil: lock lost: .*: etcdutil: lease expired`,
-		`is answered by Commit: .*: etcdutil: lock lost`,
+		`stops, \d+\.\d+ s later: etcdutil: lock lost: .*: etcdutil: lease expired`,
+		`gets from Commit: .*: etcdutil: lock lost`,
 		`compares IsOwner: written=false`,
-		`told \d+\.\d+ s before the next one took over`,
+		`the context ended \d+\.\d+ s before the next one took over`,
 		`all held`,
 	} {
 		require.Regexp(t, line, out.String())
 	}
 }
 
-func TestHelpExplainsAndPlaysNothing(t *testing.T) {
+func TestFailoverHelpPlaysNothing(t *testing.T) {
 	var out bytes.Buffer
 	require.ErrorIs(t, run(t.Context(), []string{"-h"}, &out), flag.ErrHelp)
 	require.Contains(t, out.String(), "-endpoints")
 	require.NotContains(t, out.String(), "token")
 }
 
-func TestAnEtcdThatIsNotThereIsReported(t *testing.T) {
+func TestFailoverReportsAnUnreachableEtcd(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
 	require.ErrorContains(t, run(t.Context(), []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")

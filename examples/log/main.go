@@ -1,12 +1,14 @@
-// Log shows a log that only the holder of a lock writes: what its writer is told when the lock is taken away, and that
-// readers do not notice.
+// Log plays what happens to a log when the lock of its writer is taken away, and checks etcdutil's
+// promises.
 //
-// Three writers contend for one lock, and whoever holds it appends entries to a log, which a reader follows. The first
-// writer's lock is deleted by an operator, the second's lease is revoked: they must be told, and must not be able to write
-// any more once the next one goes on. Into the third one's log the operator writes by hand: it must be told too. In the end
-// the reader must have read every entry once, in order and without a gap.
+// Three writers contend for one lock. The holder appends entries to a log, and a reader follows
+// it. An operator deletes the first writer's key, revokes the second writer's lease, and writes
+// into the third writer's log by hand. Then this must hold:
+//   - The context of the first and of the second writer ends, and their late writes are refused.
+//   - The third writer gets ErrLogConflict.
+//   - The reader reads every entry once, in order and without a gap.
 //
-// It exits with 0 if all of that held, else it says what did not and exits with 1.
+// It exits with 0 if all of that held. Otherwise it prints what did not hold and exits with 1.
 package main
 
 import (
@@ -29,9 +31,9 @@ import (
 )
 
 const (
-	entries  = 3                     // that a writer writes before something happens to it
-	effort   = 50 * time.Millisecond // of an entry
-	patience = time.Minute           // for all of it; a second is usual
+	entries  = 3                     // entries that a writer writes before the operator intervenes
+	effort   = 50 * time.Millisecond // time that an entry takes
+	patience = time.Minute           // bound of the whole run, which usually takes a second
 )
 
 func main() {
@@ -48,13 +50,13 @@ func main() {
 	}
 }
 
-// run plays it once, and returns nil if everything held.
+// run plays it once. It returns nil if everything held.
 func run(ctx context.Context, args []string, stdout io.Writer) error {
 	endpoint, err := parse(args, stdout)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("not over after %v", patience))
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("not finished after %v", patience))
 	defer cancel()
 	if endpoint == "" {
 		cluster, err := etcdtest.New(1)
@@ -80,27 +82,27 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	return s.verdict(ctx, r.entries)
 }
 
-// parse returns the endpoint to use, or "" for an etcd of our own.
+// parse returns the endpoint to use, or "" for an etcd in this process.
 func parse(args []string, stdout io.Writer) (endpoint string, err error) {
 	flags := flag.NewFlagSet("log", flag.ContinueOnError)
 	flags.SetOutput(stdout)
 	flags.Usage = func() {
 		fmt.Fprint(stdout, `usage: log [-endpoints host:port,...]
 
-Three writers contend for a lock in etcd, whose holder appends to a log that a
-reader follows. An operator takes the lock away from the first two, and writes into
-the log of the third. The timeline shows, in seconds since the start, that each is
-told, that it cannot write any more, and what the reader reads. Since nobody can
-foresee that a lock is taken away by hand, the next writer may hold it a moment
-before the last one is told.
-Exits with 0 if that is so, and the reader has read every entry once and in order;
+Three writers contend for a lock in etcd. The holder appends to a log that a reader
+follows. An operator takes the lock away from the first two writers, and writes
+into the log of the third. The timeline shows, in seconds since the start, that
+each writer gets an error, that it cannot write any more, and what the reader reads.
+Nobody can foresee that a lock is taken away by hand, so the next writer may hold
+the lock a moment before the context of the last one ends.
+Exits with 0 if that holds and the reader has read every entry once and in order,
 with 1 if not. Takes a second.
 
 `)
 		flags.PrintDefaults()
 	}
-	list := flags.String("endpoints", "", "use the etcd at `host:port,...`, which needs neither TLS nor a user, instead of\n"+
-		"one in this process. Of several endpoints the first is used. What is written is\nremoved in the end")
+	list := flags.String("endpoints", "", "use the etcd at `host:port,...` without TLS or a user, instead of one in this\n"+
+		"process. Of several endpoints the first is used. The program removes in the end\nwhat it has written")
 	if err := flags.Parse(args); err != nil {
 		return "", err
 	}
@@ -111,17 +113,17 @@ with 1 if not. Takes a second.
 	return endpoint, nil
 }
 
-// Record is what an entry of the log says.
+// Record is the value of an entry of the log.
 type Record struct {
 	By   string
 	Text string
 }
 
-// stage is what the writers and the reader share, and the record of what was done.
+// stage holds what the writers and the reader share, and the record of what they did.
 type stage struct {
 	lockName string
 	logName  string
-	first    etcdutil.Revision // before it there is no log
+	first    etcdutil.Revision // the log begins at this revision or later
 	operator *clientv3.Client
 	start    time.Time
 
@@ -129,20 +131,20 @@ type stage struct {
 	stdout   io.Writer
 
 	mu       sync.Mutex
-	turns    int      // how often the lock was acquired
+	turns    int      // acquisitions of the lock
 	written  []Record // in the order of their versions
 	losses   []loss
-	conflict error // what the third writer was told
+	conflict error // result of the third writer's Write
 }
 
 // loss is how a writer lost the lock.
 type loss struct {
 	cause  error // of the end of its context
-	write  error // what Write said afterwards
-	closed error // what the lock's Close said
+	write  error // result of the late Write
+	closed error // result of the lock's Close
 }
 
-// newStage picks names that no other run uses.
+// newStage chooses names that no other run uses.
 func newStage(ctx context.Context, endpoint string, stdout io.Writer) (*stage, error) {
 	etcd, err := newClient(endpoint)
 	if err != nil {
@@ -167,12 +169,12 @@ func newStage(ctx context.Context, endpoint string, stdout io.Writer) (*stage, e
 	return s, nil
 }
 
-// close removes what was written.
+// close removes the log.
 func (s *stage) close() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	if _, err := s.operator.Delete(ctx, s.logName); err != nil {
-		s.say("", "%s is not removed: %v", s.logName, err)
+		s.say("", "%s was not removed: %v", s.logName, err)
 	}
 	_ = s.operator.Close()
 }
@@ -185,7 +187,7 @@ func newClient(endpoint string) (*clientv3.Client, error) {
 	})
 }
 
-// play has each writer have its turn, and the reader read all that they have written.
+// play gives each writer its turn, and waits until the reader has read what they wrote.
 func (s *stage) play(ctx context.Context, endpoint string, r *reader) error {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -196,7 +198,7 @@ func (s *stage) play(ctx context.Context, endpoint string, r *reader) error {
 			fail(err)
 			break
 		}
-		writing.Go(func() { // until its turn is over, or somebody fails
+		writing.Go(func() { // until its turn ends, or a writer fails
 			defer w.etcd.Close()
 			if err := w.run(ctx); err != nil {
 				fail(fmt.Errorf("%s: %w", name, err))
@@ -210,7 +212,8 @@ func (s *stage) play(ctx context.Context, endpoint string, r *reader) error {
 	return r.await(ctx, int64(len(s.written)))
 }
 
-// verdict returns what did not hold. Everybody has finished.
+// verdict returns an error for each promise that did not hold. All writers and the reader have
+// finished.
 func (s *stage) verdict(ctx context.Context, read []etcdutil.Entry[Record]) error {
 	resp, err := s.operator.Get(ctx, s.logName)
 	if err != nil {
@@ -223,22 +226,22 @@ func (s *stage) verdict(ctx context.Context, read []etcdutil.Entry[Record]) erro
 		}
 	}
 	for i, l := range s.losses {
-		check(errors.Is(l.cause, etcdutil.ErrLockLost), "writer %d was told a wrong cause: %v", i+1, l.cause)
+		check(errors.Is(l.cause, etcdutil.ErrLockLost), "the context of writer %d ended with a wrong cause: %v", i+1, l.cause)
 		check(errors.Is(l.write, etcdutil.ErrLockLost), "the late Write of writer %d was not refused: %v", i+1, l.write)
-		check(errors.Is(l.closed, etcdutil.ErrLockLost), "Close did not tell writer %d that the lock was lost: %v", i+1, l.closed)
+		check(errors.Is(l.closed, etcdutil.ErrLockLost), "Close did not report to writer %d that the lock was lost: %v", i+1, l.closed)
 	}
 	check(len(s.losses) == 2, "the lock was lost %d times, not twice", len(s.losses))
-	check(errors.Is(s.conflict, etcdutil.ErrLogConflict), "the writer was not told of the operator's entry: %v", s.conflict)
+	check(errors.Is(s.conflict, etcdutil.ErrLogConflict), "Write did not report the operator's entry: %v", s.conflict)
 	check(len(resp.Kvs) == 1 && resp.Kvs[0].Version == int64(len(s.written)), "etcd has another version than %d: %v", len(s.written), resp.Kvs)
 	check(len(read) == len(s.written), "%d entries were read, %d written", len(read), len(s.written))
 	for i, e := range read {
-		check(e.Version == int64(i+1), "version %d was read where %d was due", e.Version, i+1)
-		check(i >= len(s.written) || e.Value == s.written[i], "version %d was read as %v, and not written so", e.Version, e.Value)
+		check(e.Version == int64(i+1), "version %d was read instead of %d", e.Version, i+1)
+		check(i >= len(s.written) || e.Value == s.written[i], "version %d was read as %v, but was written with another value", e.Version, e.Value)
 	}
 	if len(failures) > 0 {
 		return errors.Join(failures...)
 	}
-	s.say("", "the lock was lost %d times, the writers told, their late writes refused;", len(s.losses))
+	s.say("", "the lock was lost %d times, and the late writes were refused;", len(s.losses))
 	s.say("", "%d entries written, and read once each, in order and without a gap: all held", len(read))
 	return nil
 }

@@ -14,7 +14,7 @@ type reader struct {
 	*stage
 	etcd     *clientv3.Client
 	log      *etcdutil.LogReader[Record]
-	progress *etcdutil.Notify[int64] // the version up to which all is in entries
+	progress *etcdutil.Notify[int64] // entries holds the log up to this version
 
 	reading sync.WaitGroup // guards entries
 	entries []etcdutil.Entry[Record]
@@ -30,7 +30,7 @@ func newReader(ctx context.Context, s *stage, endpoint string) (*reader, error) 
 		return nil, errors.Join(err, etcd.Close())
 	}
 	r := &reader{stage: s, etcd: etcd, log: log, progress: etcdutil.NewNotify[int64](ctx)}
-	r.reading.Go(r.run) // until log is closed
+	r.reading.Go(r.run) // until the log reader is closed
 	return r, nil
 }
 
@@ -47,7 +47,7 @@ func (r *reader) run() {
 	}
 }
 
-// await returns when a version has been read.
+// await waits until the reader has read this version.
 func (r *reader) await(ctx context.Context, version int64) error {
 	for progress := r.progress.Receiver(); ; {
 		at, err := progress.Recv(ctx)
@@ -60,7 +60,7 @@ func (r *reader) await(ctx context.Context, version int64) error {
 	}
 }
 
-// close returns why the reader ended, if it did so by itself.
+// close ends the reader. It returns an error if the reader had ended by itself.
 func (r *reader) close() error {
 	err := r.log.Close()
 	r.reading.Wait()

@@ -11,12 +11,12 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// writer contends for the lock, for one turn.
+// writer contends for the lock, and has one turn.
 type writer struct {
 	*stage
 	name   string
 	etcd   *clientv3.Client
-	reader *reader // to know how far the log has come
+	reader *reader // to wait for other writers' entries
 }
 
 func newWriter(s *stage, name, endpoint string, r *reader) (*writer, error) {
@@ -27,13 +27,13 @@ func newWriter(s *stage, name, endpoint string, r *reader) (*writer, error) {
 	return &writer{stage: s, name: name, etcd: etcd, reader: r}, nil
 }
 
-// run writes under the lock, until what this turn has in store for the writer.
+// run writes under the lock until the operator intervenes, and then once more.
 func (w *writer) run(ctx context.Context) error {
 	lock, err := etcdutil.Acquire(ctx, w.etcd, w.lockName, etcdutil.WithValue(w.name))
 	if err != nil {
 		return err
 	}
-	defer lock.Close() // also where this fails
+	defer lock.Close() // in case of an error
 	turn := w.enter(lock)
 	log, version, err := w.write(ctx, lock)
 	if err != nil {
@@ -47,7 +47,7 @@ func (w *writer) run(ctx context.Context) error {
 		w.say("operator", "revokes the lock's lease")
 		_, err = w.operator.Revoke(ctx, lock.Lease().ID())
 	default:
-		return errors.Join(w.goOnAfterConflict(ctx, lock, log), lock.Close())
+		return errors.Join(w.continueAfterConflict(ctx, lock, log), lock.Close())
 	}
 	if err != nil {
 		return err
@@ -63,7 +63,7 @@ func (w *writer) enter(lock *etcdutil.Lock) (turn int) {
 	return w.turns
 }
 
-// write writes some entries, and returns the last one's version.
+// write writes some entries. It returns the version of the last one.
 func (w *writer) write(ctx context.Context, lock *etcdutil.Lock) (log *etcdutil.LogWriter[Record], version int64, err error) {
 	log, err = etcdutil.NewLogWriter[Record](ctx, lock, w.logName)
 	if err != nil {
@@ -81,15 +81,15 @@ func (w *writer) write(ctx context.Context, lock *etcdutil.Lock) (log *etcdutil.
 	return log, version, nil
 }
 
-// note is called by the holder of the lock.
+// note records an entry that was written. Only the holder of the lock calls it.
 func (s *stage) note(r Record) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.written = append(s.written, r)
 }
 
-// writeLate waits until the writer is told that its lock was taken away, and until the next one has written; and then tries
-// to write as if nothing had happened.
+// writeLate waits until the log's context ends and the next writer has written. Then it tries to
+// write as if nothing had happened.
 func (w *writer) writeLate(ctx context.Context, lock *etcdutil.Lock, log *etcdutil.LogWriter[Record], version int64) error {
 	select {
 	case <-log.Done():
@@ -97,12 +97,12 @@ func (w *writer) writeLate(ctx context.Context, lock *etcdutil.Lock, log *etcdut
 		return context.Cause(ctx)
 	}
 	l := loss{cause: context.Cause(log)}
-	w.say(w.name, "is told: %v", l.cause)
+	w.say(w.name, "stops: %v", l.cause)
 	if err := w.reader.await(ctx, version+1); err != nil {
 		return err
 	}
 	_, l.write = log.Write(ctx, Record{w.name, "too late"})
-	w.say(w.name, "is answered by its late Write: %v", l.write)
+	w.say(w.name, "gets from its late Write: %v", l.write)
 	l.closed = lock.Close()
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -110,8 +110,9 @@ func (w *writer) writeLate(ctx context.Context, lock *etcdutil.Lock, log *etcdut
 	return nil
 }
 
-// goOnAfterConflict has the operator write without the lock. The writer still has it, and decides to go on from there.
-func (w *writer) goOnAfterConflict(ctx context.Context, lock *etcdutil.Lock, log *etcdutil.LogWriter[Record]) error {
+// continueAfterConflict lets the operator write without the lock. The writer still holds the
+// lock, and continues with a new LogWriter.
+func (w *writer) continueAfterConflict(ctx context.Context, lock *etcdutil.Lock, log *etcdutil.LogWriter[Record]) error {
 	r := Record{"operator", "by hand"}
 	data, err := json.Marshal(r)
 	if err != nil {
@@ -123,7 +124,7 @@ func (w *writer) goOnAfterConflict(ctx context.Context, lock *etcdutil.Lock, log
 	}
 	w.note(r)
 	_, conflict := log.Write(ctx, Record{w.name, "unaware"})
-	w.say(w.name, "is answered by Write: %v", conflict)
+	w.say(w.name, "gets from Write: %v", conflict)
 	w.mu.Lock()
 	w.conflict = conflict
 	w.mu.Unlock()
