@@ -1,9 +1,8 @@
-// Package etcdtest is for tests against a real etcd, and against its failures.
+// Package etcdtest runs real etcd in the process of a test, and breaks it.
 //
 // # Clusters
 //
-// [Start] runs a cluster of etcd members inside the test's process, on free loopback ports, and stops it when the test
-// ends:
+// [Start] runs a cluster of members on free loopback ports, and stops it when the test ends:
 //
 //	func TestMine(t *testing.T) {
 //		cluster := etcdtest.Start(t, 3)
@@ -12,30 +11,34 @@
 //		cluster.Isolate(cluster.Leader())
 //	}
 //
-// [New] is the same without a test, and [NewWith] with settings of etcd's own. The members keep etcd's default times (a
-// tick of 100 ms, an election timeout of 1 s, so that a lease lives 2 s or longer), and no fsync, logs or TLS.
-// [Cluster.Stop] and [Cluster.Restart] are a member's crash and its return; [Cluster.Isolate] and [Cluster.Rejoin] cut
-// it from its peers while clients still reach it; [Cluster.Backup] and [Cluster.Restore] take all of them back in time.
-// A cluster starts in some 20 ms, of one member or of three, since its first leader is not left to chance.
+// [New] does the same without a test, and [NewWith] with settings of etcd's own:
+//   - [Cluster.Stop] crashes a member, and [Cluster.Restart] starts it again.
+//   - [Cluster.Isolate] cuts a member from its peers, but not from clients. [Cluster.Rejoin]
+//     undoes it.
+//   - [Cluster.Backup] and [Cluster.Restore] take all members back in time.
+//
+// Members use etcd's default times: a tick of 100 ms and an election timeout of 1 s, so that a
+// lease lives for at least 2 s. They do not sync to disk and write no logs. A cluster starts in
+// about 20 ms.
 //
 // # Links
 //
-// [StartLink] puts a TCP proxy in front of one endpoint, and with it a bad network between the client under test and
-// etcd:
+// [StartLink] puts a TCP proxy in front of one endpoint. It is the network between etcd and the
+// client under test, and can fail:
 //
 //	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
 //	client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}})
 //	…
-//	link.DropReplies() // the request is carried out, the client never learns
+//	link.DropReplies() // etcd carries out the request, but the client gets no answer
 //	link.Heal()
 //
-// A client to several members needs a link for each. A clientv3.Client that is given a link's endpoint stays on it,
-// unless it calls Sync or sets AutoSyncInterval: then it learns the members' own endpoints, and goes round the link.
+// A client to several members needs a link for each. Do not call Sync or set AutoSyncInterval on
+// it: the client would learn the members' own endpoints, and bypass the links.
 //
 // # What it cannot do
 //
-// Everything shares one process, one clock and the machine's cores: a pause of the process stops client and server
-// alike, and clocks do not drift apart.
+// Everything shares one process, one clock and the machine's cores. A pause of the process stops
+// client and server alike, and their clocks do not drift apart.
 package etcdtest
 
 import (
