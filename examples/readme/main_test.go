@@ -101,3 +101,15 @@ func TestMigratingTimeoutOfTheParentEndsTheLock(t *testing.T) {
 	require.Error(t, lock.Err())
 	require.NoError(t, lock.Close())
 }
+
+func TestQuickStartOfLeadersCampaigns(t *testing.T) {
+	client := etcdtest.Start(t, 1).Client(t)
+	address, err := find(t.Context(), client)
+	require.NoError(t, err)
+	require.Empty(t, address)
+	err = until(t, client, serve, func() bool {
+		address, err := find(t.Context(), client)
+		return err == nil && address == "10.0.0.7:8080"
+	})
+	require.ErrorIs(t, err, context.Canceled)
+}

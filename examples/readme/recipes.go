@@ -1,0 +1,28 @@
+package main
+
+// The quick starts of the README for what is built on locks and watches, as they stand there.
+
+import (
+	"context"
+	"errors"
+	"log"
+
+	"example.com/etcdutil"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+func serve(ctx context.Context, client *clientv3.Client) error {
+	return etcdutil.Lead(ctx, client, "api/leader", func(ctx context.Context) error {
+		log.Print("this process leads")
+		<-ctx.Done() // your work, until this process no longer surely leads
+		return ctx.Err()
+	}, etcdutil.WithValue("10.0.0.7:8080"))
+}
+
+func find(ctx context.Context, client *clientv3.Client) (address string, err error) {
+	leader, err := etcdutil.Holder(ctx, client, "api/leader")
+	if errors.Is(err, etcdutil.ErrNoHolder) {
+		return "", nil // nobody leads now
+	}
+	return leader.Value, err
+}
