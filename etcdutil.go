@@ -60,6 +60,11 @@
 //   - [Lock.Token] grows with every holder. Give it to other stores, so that they can refuse a
 //     smaller one than they have seen.
 //
+// # Leaders
+//
+// [Lead] runs a function whenever this process holds the lock of a name. After a loss it waits its
+// turn again. [Holder] reports who holds a lock, and so who leads.
+//
 // # Logs
 //
 // A log is one key, and its entries are the key's versions. A [LogWriter] writes each entry
@@ -78,7 +83,7 @@
 // # Options
 //
 // An option in the wrong place does not compile. In this table Lock stands for Acquire,
-// TryAcquire and Do.
+// TryAcquire, Do and Lead, and Retry for Retry and Holder.
 //
 //	                       NewLease  Lock  NewLogWriter  NewLogReader  Watch  Retry
 //	WithLogger                x       x         x             x          x      x
