@@ -403,7 +403,7 @@ func ExampleWithLogger() {
 	logger := slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			switch a.Key {
-			case slog.TimeKey, "token", "waited":
+			case slog.TimeKey, "token", "waited", "held":
 				return slog.Attr{}
 			}
 			return a
@@ -415,8 +415,10 @@ func ExampleWithLogger() {
 		fmt.Println(err)
 		return
 	}
-	defer lock.Close()
-	// Output: level=INFO msg="etcdutil: lock acquired" name=logged
+	_ = lock.Close()
+	// Output:
+	// level=INFO msg="etcdutil: lock acquired" name=logged
+	// level=INFO msg="etcdutil: lock released" name=logged
 }
 
 func ExampleRetry() {

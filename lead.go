@@ -82,7 +82,7 @@ func Lead(ctx context.Context, client *clientv3.Client, name string, fn func(ctx
 func lead(ctx context.Context, lock *Lock, fn func(ctx context.Context) error) (lost bool, err error) {
 	defer lock.Close() // also if fn panics
 	err = lock.Do(ctx, fn)
-	return errors.Is(lock.lost(), ErrLockLost), err
+	return errors.Is(lock.stopCause(), ErrLockLost), err
 }
 
 // attempt returns the options of one of Lead's attempts, all of which report to one reporter.

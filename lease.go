@@ -35,6 +35,7 @@ type Lease struct {
 	renewal renewal  // its place in the renewal stream
 	slots   keySlots // the keys that its locks use
 	locks   lockSet  // to be stopped before its own context is canceled
+	sweeper keySweeper
 
 	mu       sync.Mutex // guards what follows
 	expiry   time.Time
@@ -178,7 +179,7 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 		margin:   margin,
 		max:      or(c.max, unlimited),
 	}
-	l.renewal.lease = l
+	l.renewal.lease, l.sweeper.lease = l, l
 	l.init(parent)
 	l.onStop = l.locks.markLost
 	l.startTimers(g.since)
@@ -530,9 +531,9 @@ func (s *lockSet) all() []*Lock {
 	return slices.Collect(maps.Keys(s.locks))
 }
 
-// markLost stops all locks, and does not log that.
+// markLost stops all locks.
 func (s *lockSet) markLost(cause error) {
 	for _, lock := range s.all() {
-		lock.markLostNoLog(cause)
+		lock.markLost(cause)
 	}
 }

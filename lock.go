@@ -3,56 +3,46 @@ package etcdutil
 import (
 	"context"
 	"errors"
-	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
-	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // DefaultTTL is the TTL of a lock's own lease unless WithTTL says otherwise.
 const DefaultTTL = 10 * time.Second
 
-// Lock is a lock that is held. It is a context.Context: Done closes when the lock is no longer surely held, which is
-// before anybody else can hold it, save where its key was deleted or its lease revoked by somebody else. Nobody but the lock
-// may write its key: an overwritten one may have lost its lease, and with it its place, which only Commit and Alive notice.
+// Lock is a lock that is held. [Acquire] and [TryAcquire] make it; end it with Close, also after it is
+// lost.
 //
-// All methods are safe for concurrent use.
+// It is a context.Context: Done is closed when the lock is no longer surely held. That is before
+// anybody else can hold it, unless somebody deletes the lock's key or revokes its lease. context.Cause
+// returns why; Err returns only context.Canceled or context.DeadlineExceeded.
+//
+// Nobody but the lock may write its key: a key that was overwritten may have lost its lease, and with
+// it its place in the queue. All methods are safe for concurrent use.
 type Lock struct {
 	lifetime
-	config  config
-	waiting RetryPolicy // gives up no earlier than the lease does, unless told to
-	name    string
-	key     string
-	value   string
-	lease   *Lease
-	shared  bool        // the lease is not the lock's own
-	token   Revision    // 0 until the key is known to be written
-	doubt   bool        // the key may have been written, or may yet be, without our being told
-	logged  atomic.Bool // that it was lost
+	config config
+	lease  *Lease
+	shared bool // the lease is not the lock's own
+	queue  contender
+	fence  fence
+	outer  *scope // the locks that its parent runs under
 
-	closing  sync.Once
-	closeErr error
-	unhook   func() bool    // from the lease
-	watch    *time.Timer    // starts watchKey
-	watching sync.WaitGroup // for watchKey
+	heldSince atomic.Pointer[time.Time] // nil while it was never held
+	endLogged atomic.Bool
 
-	committing chan struct{} // held by the Commit that is under way; guards the fields below
-	version    int64         // of the key
-	revision   Revision      // of the key's last change
-	unsettled  bool          // an earlier Commit may still be applied
+	closing       sync.Once
+	closeErr      error
+	stopAfterFunc func() bool // of the lease's end
+	watchTimer    *time.Timer // starts watchKey
+	watching      sync.WaitGroup
 }
-
-// keyWatchDelay keeps a lock that is released at once from paying for the watch on its key.
-const keyWatchDelay = 5 * time.Millisecond
-
-// relook is how often a waiter looks again although its watch is silent: a watch on a connection that is dead, but was
-// never closed, stays silent for ever. A random part of it is added.
-const relook = 4 * time.Second
 
 // A LockOption shapes a lock.
 type LockOption interface{ applyLock(*lockConfig) }
@@ -70,8 +60,8 @@ type lockOption func(*lockConfig)
 
 func (o lockOption) applyLock(c *lockConfig) { o(c) }
 
-// WithTTL sets the TTL of the lock's own lease; default [DefaultTTL]. It must be positive, and is rounded up to seconds.
-// It is refused beside WithLease.
+// WithTTL sets the TTL of the lock's own lease; default [DefaultTTL]. It must be positive, and is
+// rounded up to seconds. It cannot be combined with WithLease.
 func WithTTL(ttl time.Duration) TTLOption { return ttlOption(ttl) }
 
 // A TTLOption shapes a lock or a registration.
@@ -87,22 +77,25 @@ func (o ttlOption) applyRegister(c *registerConfig) {
 	c.ttl = (*time.Duration)(&o)
 }
 
-// WithLease has the lock held by this lease, which any number of locks may share: two locks of one name on one lease
-// exclude each other like any others. Closing the lock leaves the lease alive; closing or losing the lease loses the
-// lock. A lock that is not closed, though its parent has ended, blocks others for as long as the lease lives. A lease that is
-// nil or has ended is refused, and so is any option about the lock's own lease.
+// WithLease has the lock held by this lease, which any number of locks may share. Two locks of one
+// name on one lease exclude each other like any others.
+//
+// Closing the lock leaves the lease alive. Losing the lease loses the lock, and so does closing it:
+// then the cause is ErrLockLost wrapping ErrClosed. A lock that is not closed blocks others for as
+// long as the lease lives, also after the lock's parent has ended. A lease that is nil or has ended is
+// refused, and so is any option about the lock's own lease.
 func WithLease(lease *Lease) LockOption {
 	return lockOption(func(c *lockConfig) { c.lease, c.shared = lease, true })
 }
 
-// WithValue sets what is stored in the lock's key, to tell others who holds it; default "". It is what
-// concurrency.Election.Leader reads.
+// WithValue sets what is stored in the lock's key, for example who holds it; default "". [Holder] and
+// concurrency.Election.Leader read it. The method Value of [Lock] is another: it is the context's.
 func WithValue(v string) LockOption {
 	return lockOption(func(c *lockConfig) { c.value = v })
 }
 
-// WithAcquireTimeout bounds the time until the lock is held, and nothing after that: when it has passed, Acquire gives up
-// with context.DeadlineExceeded. It must be positive; the default is no bound but ctx.
+// WithAcquireTimeout bounds the time until the lock is held, and nothing after that: then Acquire
+// gives up with context.DeadlineExceeded. It must be positive. By default only ctx bounds the wait.
 func WithAcquireTimeout(d time.Duration) LockOption {
 	return lockOption(func(c *lockConfig) { c.timeout = &d })
 }
@@ -119,53 +112,64 @@ func newLockConfig(ctx context.Context, client *clientv3.Client, name string, op
 	if err := validateName(name); err != nil {
 		return nil, err
 	}
-	return c, c.validate()
+	if err := c.validate(); err != nil {
+		return nil, err
+	}
+	return c, c.checkNesting(ctx, name)
 }
 
 func validateName(name string) error {
 	switch {
 	case name == "":
-		return fmt.Errorf("%w: name is empty", ErrInvalidName)
+		return errorf("%w: name is empty", ErrInvalidName)
 	case len(name) > 512:
-		return fmt.Errorf("%w: name has %d bytes, over 512", ErrInvalidName, len(name))
+		return errorf("%w: name has %d bytes, over 512", ErrInvalidName, len(name))
 	case !utf8.ValidString(name):
-		return fmt.Errorf("%w: name is not valid UTF-8: %q", ErrInvalidName, name)
+		return errorf("%w: name is not valid UTF-8: %q", ErrInvalidName, name)
 	case strings.ContainsRune(name, 0):
-		return fmt.Errorf("%w: name holds a NUL: %q", ErrInvalidName, name)
+		return errorf("%w: name holds a NUL: %q", ErrInvalidName, name)
 	}
 	return nil
 }
 
 func (c *lockConfig) validate() error {
 	if c.timeout != nil && *c.timeout <= 0 {
-		return fmt.Errorf("etcdutil: WithAcquireTimeout must be positive: %v", *c.timeout)
+		return errorf("WithAcquireTimeout must be positive: %v", *c.timeout)
 	}
 	if c.shared {
 		return c.validateShared()
 	}
 	if ttl := or(c.ttl, DefaultTTL); ttl <= 0 || ttl > maxLeaseTTL {
-		return fmt.Errorf("etcdutil: WithTTL must be positive and at most %v: %v", maxLeaseTTL, ttl)
+		return errorf("WithTTL must be positive and at most %v: %v", maxLeaseTTL, ttl)
 	}
 	return c.leaseConfig.validate(or(c.ttl, DefaultTTL))
 }
 
 func (c *lockConfig) validateShared() error {
 	if c.ttl != nil {
-		return errors.New("etcdutil: WithTTL beside WithLease, whose lease has its own")
+		return errorf("WithTTL cannot be combined with WithLease")
 	}
 	if given := c.given(); given != "" {
-		return fmt.Errorf("etcdutil: %s beside WithLease, whose lease has its own", given)
+		return errorf("%s cannot be combined with WithLease", given)
 	}
 	if c.lease == nil {
-		return errors.New("etcdutil: WithLease: the lease is nil")
+		return errorf("WithLease: the lease is nil")
 	}
-	if cause := c.lease.stopCause(); cause != nil {
-		return fmt.Errorf("etcdutil: WithLease: the lease has ended: %w", cause)
+	if stopped := c.lease.stopCause(); stopped != nil {
+		return errorf("WithLease: the lease has ended: %w", stopped)
 	}
 	if c.lease.Err() != nil {
-		return fmt.Errorf("etcdutil: WithLease: the lease has ended: %w", contextError(c.lease))
+		return errorf("WithLease: the lease has ended: %w", contextError(c.lease))
 	}
 	return c.retry.validate()
+}
+
+// checkNesting refuses to wait for a lock that ctx runs under.
+func (c *lockConfig) checkNesting(ctx context.Context, name string) error {
+	if scopeOf(ctx).holds(c.client, name) {
+		return errorf("acquire %q: %w: ctx runs under it", name, ErrLockHeld)
+	}
+	return nil
 }
 
 // bound is ctx with the acquire timeout, counted from start.
@@ -178,24 +182,39 @@ func (c *lockConfig) bound(ctx context.Context, start time.Time) (context.Contex
 
 // Acquire waits its turn (first come, first served) and returns a lock that is held.
 //
-// ctx is the lock's parent, as in sql.DB.BeginTx: when it ends before the lock is held, Acquire returns within 100 ms,
-// even if etcd cannot be reached; when it ends later, so does the lock's context, but nothing is released until Close.
-// To bound the wait alone use [WithAcquireTimeout]. Retries end with the lock's lease, which can be renewed no more
-// than the request can be repeated; the grant of that lease is retried as [RetryPolicy] says.
+// ctx is the lock's parent, not a timeout for the call. A lock whose parent has ended is over, but
+// blocks others until Close, or until its lease expires:
 //
-// Errors: ErrInvalidName; ErrLockLost, wrapping why, if the lease or the key was lost while waiting; ctx's end; what etcd
-// answered. An Acquire that fails removes its key and its lease, behind itself if etcd cannot be reached, and at the
-// latest by the lease's TTL.
+//	ctx, cancel := context.WithTimeout(ctx, time.Second)
+//	defer cancel()
+//	lock, err := etcdutil.Acquire(ctx, client, name) // wrong: cancel ends the lock
+//
+//	lock, err := etcdutil.Acquire(ctx, client, name, etcdutil.WithAcquireTimeout(time.Second)) // right
+//
+// If ctx ends before the lock is held, Acquire returns within 100 ms, even if etcd cannot be reached.
+// The requests that queue up and wait are retried until the lock's lease expires, the grant of that
+// lease as [RetryPolicy] says. On failure Acquire removes its key and its lease, in the background if
+// etcd cannot be reached. In any case they end with the lease.
+//
+// Errors:
+//   - [ErrInvalidName] if name is not allowed.
+//   - [ErrLockHeld] if ctx runs under a lock of this name and client: Acquire would wait for itself.
+//   - [ErrLockLost] if the key or the lease was lost while waiting. It wraps the cause if that is known.
+//   - ctx's end, or context.DeadlineExceeded after [WithAcquireTimeout].
+//   - What etcd answered.
 func Acquire(ctx context.Context, client *clientv3.Client, name string, opts ...LockOption) (*Lock, error) {
 	c, err := newLockConfig(ctx, client, name, opts)
 	if err != nil {
 		return nil, err
 	}
-	return acquire(ctx, c, name, time.Now(), (*Lock).awaitTurn)
+	return acquire(ctx, c, name, time.Now(), (*contender).waitTurn)
 }
 
-// TryAcquire returns a lock that is held, or ErrLockHeld at once, if somebody holds or waits for it: then nothing was
-// written and nobody was made to wait. Else it is as [Acquire].
+// TryAcquire returns a lock that is held, or ErrLockHeld at once if somebody holds it or waits for it:
+// then nothing was written and nobody was made to wait. Otherwise it is as [Acquire].
+//
+// Where keys below name/ are created so fast that it cannot look and write in between, TryAcquire
+// queues up for a moment to look.
 func TryAcquire(ctx context.Context, client *clientv3.Client, name string, opts ...LockOption) (*Lock, error) {
 	c, err := newLockConfig(ctx, client, name, opts)
 	if err != nil {
@@ -204,18 +223,21 @@ func TryAcquire(ctx context.Context, client *clientv3.Client, name string, opts 
 	start := time.Now()
 	bound, cancel := c.bound(ctx, start)
 	defer cancel()
-	seen, err := lookBefore(bound, &c.config, name)
+	seen, err := checkFree(bound, &c.config, c.retry, name)
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: acquire %q: %w", name, err)
+		return nil, errorf("acquire %q: %w", name, err)
 	}
-	return acquire(ctx, c, name, start, func(l *Lock, ctx context.Context) error { return l.claim(ctx, seen) })
+	return acquire(ctx, c, name, start, func(q *contender, ctx context.Context) error { return q.tryClaim(ctx, seen) })
 }
 
-// Do acquires the lock, runs fn under its context, waits for fn, and releases, also if fn panics. See [Acquire] and
-// [Lock.Do] for the errors.
+// Do acquires the lock, runs fn under its context, waits for fn, and releases, also if fn panics.
 //
-// If fn returned nil and the release could not be confirmed, the error is ErrUnknownOutcome: what fn did was done under
-// the lock, which the next holder may get only when the lease has run out.
+// Errors:
+//   - Those of [Acquire]; then fn was not run.
+//   - [ErrLockLost] if the lock was lost before fn returned. It also wraps fn's error.
+//   - fn's error.
+//   - [ErrUnknownOutcome] if the release could not be confirmed. What fn did was done under the lock, and
+//     the next holder may have to wait until the lease expires. It also wraps fn's error.
 func Do(ctx context.Context, client *clientv3.Client, name string, fn func(ctx context.Context) error, opts ...LockOption) (err error) {
 	if fn == nil {
 		panic("etcdutil: nil fn")
@@ -225,38 +247,67 @@ func Do(ctx context.Context, client *clientv3.Client, name string, fn func(ctx c
 		return err
 	}
 	defer func() {
-		if closeErr := lock.Close(); closeErr != nil && !errors.Is(err, ErrLockLost) {
+		if closeErr := lock.Close(); !errors.Is(err, closeErr) {
 			err = errors.Join(err, closeErr)
 		}
 	}()
 	return lock.Do(ctx, fn)
 }
 
-type lockKey struct{}
-
-// LockFrom returns the lock that ctx runs under, for code deep inside that must fence its writes: the innermost, where
-// locks are nested. It still returns it when the lock has been lost or closed.
-func LockFrom(ctx context.Context) (*Lock, bool) {
-	l, ok := ctx.Value(lockKey{}).(*Lock)
-	return l, ok
+// scope is the locks that a context runs under, the innermost first.
+type scope struct {
+	lock  *Lock
+	outer *scope
 }
 
-// acquire makes a lock, whose parent is ctx, and has get get it.
-func acquire(ctx context.Context, c *lockConfig, name string, start time.Time, get func(l *Lock, ctx context.Context) error) (*Lock, error) {
+type scopeKey struct{}
+
+func scopeOf(ctx context.Context) *scope {
+	s, _ := ctx.Value(scopeKey{}).(*scope)
+	return s
+}
+
+// enter returns a context that runs under the lock.
+func (l *Lock) enter(ctx context.Context) context.Context {
+	return context.WithValue(ctx, scopeKey{}, &scope{l, scopeOf(ctx)})
+}
+
+// holds reports whether one of the locks has this name and is still held.
+func (s *scope) holds(client *clientv3.Client, name string) bool {
+	if s == nil {
+		return false
+	}
+	l := s.lock
+	return l.queue.name == name && l.config.client == client && l.stopCause() == nil ||
+		l.outer.holds(client, name) || s.outer.holds(client, name)
+}
+
+// LockFrom returns the lock that ctx runs under, for code deep inside that must fence its writes. It
+// is the innermost where locks are nested. It is still returned when it has been lost or closed.
+func LockFrom(ctx context.Context) (*Lock, bool) {
+	s := scopeOf(ctx)
+	if s == nil {
+		return nil, false
+	}
+	return s.lock, true
+}
+
+// acquire makes a lock, whose parent is ctx, and has join bring it to the head of the queue.
+func acquire(ctx context.Context, c *lockConfig, name string, start time.Time, join func(q *contender, ctx context.Context) error) (*Lock, error) {
 	lease, err := leaseFor(ctx, c, start)
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: acquire %q: %w", name, err)
+		return nil, errorf("acquire %q: %w", name, err)
 	}
 	l := newLock(ctx, c, name, lease)
-	if err := l.take(c, start, get); err != nil {
-		l.abandon()
-		return nil, fmt.Errorf("etcdutil: acquire %q: %w", name, err)
+	if err := l.acquireWithin(c, start, join); err != nil {
+		l.discard()
+		return nil, errorf("acquire %q: %w", name, err)
 	}
-	l.config.reporter.lockAcquired(LockEvent{Name: name, Token: l.token, Took: time.Since(start)})
+	l.markHeld(time.Since(start))
 	return l, nil
 }
 
-// leaseFor is the lease to hold the lock by: the shared one, or one of its own.
+// leaseFor returns the lease to hold the lock by: the shared one, or one of its own.
 func leaseFor(ctx context.Context, c *lockConfig, start time.Time) (*Lease, error) {
 	if c.shared {
 		return c.lease, nil
@@ -266,173 +317,146 @@ func leaseFor(ctx context.Context, c *lockConfig, start time.Time) (*Lease, erro
 	return newLease(ctx, bound, or(c.ttl, DefaultTTL), &c.leaseConfig)
 }
 
-// newLock makes a lock that is not yet in the queue.
+// newLock makes a lock that is not in the queue yet.
 func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *Lock {
-	l := &Lock{
-		config:     c.config,
-		waiting:    c.retry,
-		name:       name,
-		value:      c.value,
-		lease:      lease,
-		shared:     c.shared,
-		committing: make(chan struct{}, 1),
+	l := &Lock{config: c.config, lease: lease, shared: c.shared, outer: scopeOf(parent)}
+	l.queue = contender{
+		config:  &l.config,
+		policy:  c.retry,
+		name:    name,
+		key:     lease.reserveKey(name),
+		value:   c.value,
+		leaseID: lease.id,
 	}
-	if l.waiting.Elapsed == 0 {
-		l.waiting.Elapsed = -1
+	if l.queue.policy.Elapsed == 0 {
+		l.queue.policy.Elapsed = -1 // until the lease ends
 	}
-	l.init(context.WithValue(parent, lockKey{}, l))
-	l.key = lease.reserveKey(name)
+	l.init(l.enter(parent))
+	l.fence = fence{queue: &l.queue, owner: l, stopCtx: l.stopCtx, turn: make(chan struct{}, 1)}
 	lease.addLock(l)
-	l.unhook = context.AfterFunc(lease.ctx, l.leaseEnded)
+	l.stopAfterFunc = context.AfterFunc(lease.ctx, l.handleLeaseEnd)
 	return l
 }
 
-// take gets the lock, under a context that ends with the lock's own, when its lease or key is gone as well.
-func (l *Lock) take(c *lockConfig, start time.Time, get func(l *Lock, ctx context.Context) error) error {
+// acquireWithin runs join under a context that ends with the lock's own and after the acquire timeout.
+func (l *Lock) acquireWithin(c *lockConfig, start time.Time, join func(q *contender, ctx context.Context) error) error {
 	ctx, cancel := c.bound(l.ctx, start)
 	defer cancel()
-	err := get(l, ctx)
-	switch lost := l.lost(); {
-	case lost != nil:
-		return lost
-	case err == nil && l.Err() != nil: // its parent ended meanwhile
+	err := join(&l.queue, ctx)
+	switch {
+	case errors.Is(err, errKeyGone):
+		return l.keyDeleted()
+	case errors.Is(err, rpctypes.ErrLeaseNotFound) && l.lease.config.client == l.config.client:
+		// Of a lease that another client granted it may only be the wrong etcd that was asked.
+		l.lease.markLost(ErrLeaseRevoked)
+	}
+	if stopped := l.stopCause(); stopped != nil {
+		return stopped
+	}
+	if err == nil && l.Err() != nil { // its parent ended meanwhile
 		return contextError(l)
 	}
 	return err
 }
 
-// leaseEnded ends the lock's context with its lease's, whose parent has ended: it is still held until the lease runs out. One
-// that is lost or closed has taken its locks with it, unless they were only being made, but has not logged that.
-func (l *Lock) leaseEnded() {
-	if cause := context.Cause(l.lease.stopCtx); cause != nil {
-		l.markLost(cause)
+// markHeld begins to hold the lock.
+func (l *Lock) markHeld(waited time.Duration) {
+	now := time.Now()
+	l.fence.version, l.fence.revision = 1, l.queue.token
+	l.config.reporter.lockAcquired(LockEvent{Name: l.queue.name, Token: l.queue.token, Took: waited})
+	l.heldSince.Store(&now)
+	if stopped := context.Cause(l.stopCtx); stopped != nil { // before it was to be logged
+		l.logEnd(stopped)
+	}
+	l.watching.Add(1)
+	l.watchTimer = time.AfterFunc(keyWatchDelay, l.watchKey)
+}
+
+// watchKey ends the lock when its key is deleted. It runs, as the timer's goroutine, until the lock is
+// lost or closed.
+func (l *Lock) watchKey() {
+	defer l.watching.Done()
+	if l.queue.watchOwnKey(l.stopCtx) == nil {
+		_ = l.keyDeleted()
+	}
+}
+
+// handleLeaseEnd cancels the lock's context with its lease's. A lock whose lease's parent has ended is
+// still held until the lease expires.
+func (l *Lock) handleLeaseEnd() {
+	if stopped := context.Cause(l.lease.stopCtx); stopped != nil {
+		l.markLost(stopped)
 		return
 	}
 	l.cancel(context.Cause(l.lease.ctx))
 }
 
-// markLost ends the lock, because of its lease if cause is not nil, else because its key is gone, and logs that. A logger may block:
-// whoever ends several locks ends them all before.
+// keyDeleted ends the lock, whose key is gone, and returns its stopCause. It asks nobody why: the loss
+// must be reported at once.
+func (l *Lock) keyDeleted() error {
+	if stopped := l.stopCause(); stopped != nil {
+		return stopped
+	}
+	l.stopWith(errorf("%w: the key of %q was deleted", ErrLockLost, l.queue.name))
+	return context.Cause(l.stopCtx)
+}
+
+// markLost ends the lock, whose lease has ended with this cause.
 func (l *Lock) markLost(cause error) {
-	l.markLostNoLog(cause)
-	if lost := context.Cause(l.stopCtx); errors.Is(lost, ErrLockLost) && l.logged.CompareAndSwap(false, true) {
-		l.config.reporter.lockLost(LockEvent{Name: l.name, Token: l.token, Err: lost})
+	l.stopWith(errorf("%w: %q: %w", ErrLockLost, l.queue.name, cause))
+}
+
+func (l *Lock) stopWith(cause error) {
+	if l.shutdown(cause) {
+		l.logEnd(cause)
 	}
 }
 
-func (l *Lock) markLostNoLog(cause error) {
-	if cause == nil {
-		l.shutdown(fmt.Errorf("%w: the key of %q was deleted", ErrLockLost, l.name))
+// logEnd logs once how the lock ended, if it was held.
+func (l *Lock) logEnd(cause error) {
+	since := l.heldSince.Load()
+	if since == nil || !l.endLogged.CompareAndSwap(false, true) {
 		return
 	}
-	l.shutdown(fmt.Errorf("%w: %q: %w", ErrLockLost, l.name, cause))
+	e := LockEvent{Name: l.queue.name, Token: l.queue.token, Took: time.Since(*since)}
+	if errors.Is(cause, ErrClosed) { // with its lease, too
+		l.config.reporter.lockReleased(e)
+		return
+	}
+	e.Err = cause
+	l.config.reporter.lockLost(e)
 }
 
-// lost is why the lock is no longer surely held: lost or closed, even if what is to say so is late. It is nil while the
-// work may wind down after the parent's end.
-func (l *Lock) lost() error {
-	if cause := l.lease.stopCause(); cause != nil {
-		l.markLost(cause)
+// stopCause returns why the lock is no longer surely held: it was lost or closed, even if a timer is
+// late. It returns nil while work winds down after the parent's end.
+func (l *Lock) stopCause() error {
+	if stopped := l.lease.stopCause(); stopped != nil {
+		l.markLost(stopped)
 	}
 	return context.Cause(l.stopCtx)
 }
 
-// abandon gives up a lock that was never held. With the lock's own lease its key goes, and can never be written late.
-func (l *Lock) abandon() {
-	l.shutdown(ErrClosed)
-	inBackground(func() {
-		l.stop()
-		switch {
-		case !l.shared:
-			if err := l.lease.Close(); errors.Is(err, ErrUnknownOutcome) {
-				revokeInBackground(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, lateWindow))
-			}
-		case l.token == 0 && !l.doubt: // nothing was written
-			l.lease.freeKey(l.key)
-		default:
-			l.sweepKey()
-		}
-	})
-}
+// Name returns the name that the lock was acquired by.
+func (l *Lock) Name() string { return l.queue.name }
 
-// watchKey ends the lock when its key is deleted. It runs, as the timer's goroutine, until the lock's context ends.
-func (l *Lock) watchKey() {
-	defer l.watching.Done()
-	for from, failed := l.token+1, 0; ; {
-		began := time.Now()
-		if l.deletedFrom(from, failed) {
-			break
-		}
-		if failed++; time.Since(began) > relook { // it stood
-			failed = 0
-		}
-		resp, err := retryRead(l.ctx, &l.config, untilDone, "read the key of lock", func(ctx context.Context) (*clientv3.GetResponse, error) {
-			return l.config.client.Get(ctx, l.key)
-		})
-		if l.Err() != nil {
-			return
-		}
-		if err != nil {
-			l.config.reporter.lockWatchFailing(l.name, err)
-			return
-		}
-		if l.mine(resp.Kvs) == nil {
-			break
-		}
-		from = resp.Header.Revision + 1
-		sleep(l.ctx, untilDone.withDefaults().backoff(failed))
-	}
-	if l.Err() == nil {
-		_ = l.keyGone()
-	}
-}
+// Key returns the lock's key in etcd: the name, a slash, the lease's ID in hexadecimal, and a nonce. A
+// later lock on the same lease may have the same key; it has another token.
+func (l *Lock) Key() string { return l.queue.key }
 
-// deletedFrom watches the key from a revision on. It returns false if the watch ends without a deletion.
-func (l *Lock) deletedFrom(from Revision, failed int) bool {
-	ctx, cancel := context.WithCancel(watchContext(l.ctx, failed))
-	defer cancel()
-	for resp := range l.config.client.Watch(ctx, l.key, clientv3.WithRev(from), clientv3.WithFilterPut()) {
-		if len(resp.Events) > 0 {
-			return true
-		}
-	}
-	return false
-}
+// Token returns the lock's fencing token, the revision at which its key was created. It is greater than
+// those of all earlier holders, unless etcd was restored from a backup.
+func (l *Lock) Token() Revision { return l.queue.token }
 
-// keyGone ends the lock, whose key is gone, and returns why: it went with its lease, or alone. The lease is asked about,
-// but not for long.
-func (l *Lock) keyGone() error {
-	ctx, cancel := context.WithTimeout(l.stopCtx, 200*time.Millisecond)
-	defer cancel()
-	if resp, err := l.lease.config.client.TimeToLive(ctx, l.lease.id); err == nil && resp.TTL < 0 {
-		l.lease.markLost(ErrLeaseRevoked)
-	}
-	if lost := l.lost(); lost != nil {
-		return lost
-	}
-	l.markLost(nil)
-	return l.lost()
-}
-
-// Name is the name that the lock was acquired by.
-func (l *Lock) Name() string { return l.name }
-
-// Key is the lock's key in etcd: name, a slash, the lease's ID in hexadecimal, and a nonce by which two locks on one lease
-// differ. A later lock on the same lease may have the same key; it has another token.
-func (l *Lock) Key() string { return l.key }
-
-// Token is the lock's fencing token, the revision at which its key was created. Each holder's is greater than all
-// earlier holders'.
-func (l *Lock) Token() Revision { return l.token }
-
-// Lease is the lease that the lock is held by: its own, which ends with it, or that of WithLease.
+// Lease returns the lease that the lock is held by: that of WithLease, or its own, which ends with it.
 func (l *Lock) Lease() *Lease { return l.lease }
 
-// Do runs fn under a context with ctx's values that ends when ctx or the lock does, and waits for fn to return. That
-// context's cause is the lock's, if it was the lock that ended.
+// Do runs fn under a context with ctx's values that ends when ctx or the lock does, and waits for fn to
+// return. If the lock ended, that context's cause is the lock's.
 //
-// If the lock was lost before fn returned, the error Is ErrLockLost, whatever fn said; it also wraps fn's error. Else
-// it is fn's. fn is not run if ctx or the lock's context has already ended: the error says why.
+// Errors:
+//   - [ErrLockLost] if the lock was lost before fn returned. It also wraps fn's error.
+//   - The lock's cause, or ctx's end, if either had ended before. Then fn was not run.
+//   - fn's error.
 func (l *Lock) Do(ctx context.Context, fn func(ctx context.Context) error) error {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -440,20 +464,20 @@ func (l *Lock) Do(ctx context.Context, fn func(ctx context.Context) error) error
 	if fn == nil {
 		panic("etcdutil: nil fn")
 	}
-	if lost := l.lost(); lost != nil {
-		return lost
+	if stopped := l.stopCause(); stopped != nil {
+		return stopped
 	}
 	for _, c := range []context.Context{l, ctx} {
 		if c.Err() != nil {
 			return contextError(c)
 		}
 	}
-	under, cancel := context.WithCancelCause(context.WithValue(ctx, lockKey{}, l))
+	under, cancel := context.WithCancelCause(l.enter(ctx))
 	defer cancel(nil)
 	defer context.AfterFunc(l, func() { cancel(context.Cause(l)) })()
 	err := fn(under)
-	if lost := l.lost(); errors.Is(lost, ErrLockLost) && err != lost {
-		return joinLoss(lost, err)
+	if stopped := l.stopCause(); errors.Is(stopped, ErrLockLost) && err != stopped {
+		return joinLoss(stopped, err)
 	}
 	return err
 }
@@ -462,124 +486,114 @@ func joinLoss(lost, err error) error {
 	if err == nil {
 		return lost
 	}
-	return fmt.Errorf("%w: %w", lost, err)
+	return errorf("%w: %w", lost, err)
 }
 
-// IsOwner compares, in a transaction of the caller's own, whether the lock is still held: it fails once the lock's key
-// is gone. Unlike Commit such a transaction may be applied twice, if clientv3 repeats it.
+// IsOwner compares, in a transaction of the caller's own, whether the lock is still held: it fails once
+// the lock's key is gone. Unlike Commit such a transaction may be applied twice, if clientv3 repeats it.
 func (l *Lock) IsOwner() clientv3.Cmp {
-	return clientv3.Compare(clientv3.CreateRevision(l.key), "=", l.token)
+	return clientv3.Compare(clientv3.CreateRevision(l.queue.key), "=", l.queue.token)
 }
 
-// Alive asks the server whether the lock's key is there. It answers whatever the state of the context, and changes
-// nothing.
+// Alive asks etcd whether the lock's key is there. It is a request, which [RetryPolicy] and ctx bound.
+// It answers whatever the state of the lock's context, and changes nothing.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
-	kv, err := l.read(ctx, l.config.retry)
+	kv, err := l.fence.read(ctx, l.config.retry)
 	if err != nil {
-		return false, fmt.Errorf("etcdutil: ask for lock %q: %w", l.name, err)
+		return false, errorf("ask for lock %q: %w", l.queue.name, err)
 	}
 	return kv != nil, nil
 }
 
-// read returns the lock's key, nil if it is gone.
-func (l *Lock) read(ctx context.Context, policy RetryPolicy) (*mvccpb.KeyValue, error) {
-	resp, err := retryRead(ctx, &l.config, policy, "read the key of lock", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return l.config.client.Get(ctx, l.key)
-	})
-	if err != nil {
-		return nil, err
-	}
-	return l.mine(resp.Kvs), nil
-}
-
-// Close ends the context with ErrClosed, so that the work stops, and then gives the lock back: nobody has to wait for it
-// when Close returns nil, which says that it is not known to have been lost before (a parent's end is no loss).
+// Close cancels the context with ErrClosed and releases the lock. nil means released, and not known to
+// have been lost before. A parent's end is no loss.
 //
-// It takes no longer than the lock's lease has left, and 5 s at most; the lock's parent may have ended. A lock that was
-// lost before gives the cause, ErrLockLost. If the server did not confirm, the error is ErrUnknownOutcome and says by
-// when the lock will be free. Further calls return what the first did.
+// Close takes no longer than the lock's lease has left, and 5 s at most. It does not wait for what runs
+// under the lock: [Do] and [Lock.Do] do. Further calls return what the first did.
 //
-// Close does not wait for what runs under the lock: [Do] and [Lock.Do] do.
+// Errors:
+//   - [ErrLockLost] if the lock was lost before. The error names the lock and wraps the cause.
+//   - [ErrUnknownOutcome] if etcd did not confirm the release. The error names the lock or its lease, the
+//     time at which the lock will be free at the latest, and what etcd answered last.
 func (l *Lock) Close() error {
 	l.closing.Do(func() {
 		l.closeErr = l.release()
+		if l.closeErr == nil {
+			l.logEnd(ErrClosed)
+		}
 		l.config.reporter.flush()
 	})
 	return l.closeErr
 }
 
 func (l *Lock) release() error {
-	lost := l.lost()
+	lost := l.stopCause()
 	l.shutdown(ErrClosed)
-	l.stop()
-	var err error
-	switch {
-	case !l.shared:
-		err = l.lease.Close()
-	case lost == nil:
-		err = l.deleteKey()
-	default: // its key may be written late, or by somebody else; unless the lease has taken it along
-		inBackground(l.sweepKey)
-	}
-	switch {
-	case lost != nil:
+	l.stopWatching()
+	if lost != nil {
+		l.removeLeft()
 		return lost
-	case errors.Is(err, ErrLeaseExpired) || errors.Is(err, ErrLeaseRevoked): // at the last moment
-		return fmt.Errorf("%w: %q: %w", ErrLockLost, l.name, err)
+	}
+	var err error
+	if l.shared {
+		err = l.removeKey()
+	} else {
+		err = l.lease.Close()
+	}
+	if errors.Is(err, ErrLeaseExpired) || errors.Is(err, ErrLeaseRevoked) { // at the last moment
+		return errorf("%w: %q: %w", ErrLockLost, l.queue.name, err)
 	}
 	return err
 }
 
-// stop ends what the lock has started. Its context has ended.
-func (l *Lock) stop() {
-	l.unhook()
+// stopWatching ends what the lock has started. Its context has ended.
+func (l *Lock) stopWatching() {
+	l.stopAfterFunc()
 	l.lease.removeLock(l)
-	if l.watch != nil && l.watch.Stop() {
+	if l.watchTimer != nil && l.watchTimer.Stop() {
 		l.watching.Done()
 	}
 	l.watching.Wait()
 }
 
-// deleteKey gives back a lock on a shared lease.
-func (l *Lock) deleteKey() error {
+// removeKey releases a lock on a shared lease.
+func (l *Lock) removeKey() error {
 	policy := releasePolicy(time.Until(l.lease.Expiry()))
-	_, err := retry(context.WithoutCancel(l.ctx), &l.config, policy, "release lock", l.deleteOwn)
-	if err != nil || l.doubt {
-		go l.sweepKey() // until the lease ends, at the latest
-	} else {
-		l.lease.freeKey(l.key)
-	}
-	if err != nil {
-		return fmt.Errorf("%w: lock %q is not confirmed released; its key is deleted when etcd can be reached, or is gone by %s with its lease: %w",
-			ErrUnknownOutcome, l.name, l.lease.serverExpiry(), err)
-	}
-	return nil
-}
-
-// deleteOwn deletes the key if it is this lock's, so that a delete that lands late can hit no successor. That it was gone
-// before says nothing: clientv3 may have repeated the request.
-func (l *Lock) deleteOwn(ctx context.Context) (*clientv3.TxnResponse, error) {
-	return l.config.client.Txn(ctx).If(l.IsOwner()).Then(clientv3.OpDelete(l.key)).Commit()
-}
-
-// sweepKey deletes the key until that is confirmed, and where the request that wrote it may still be under way, also when
-// it has arrived. Such a key is not used again. The lease's end ends it: that takes the key along.
-func (l *Lock) sweepKey() {
-	ctx, cancel := context.WithCancel(context.WithoutCancel(l.ctx))
-	defer cancel()
-	defer context.AfterFunc(l.lease.stopCtx, cancel)()
-	if l.doubt {
-		removeRepeatedly(ctx, &l.config, "release lock", lateWindow, func(ctx context.Context) error {
-			_, err := l.config.client.Delete(ctx, l.key)
-			return err
-		})
-		return
-	}
-	removeRepeatedly(ctx, &l.config, "release lock", 0, func(ctx context.Context) error {
-		_, err := l.deleteOwn(ctx)
-		if err == nil {
-			l.lease.freeKey(l.key)
-		}
-		return err
+	_, err := retry(context.WithoutCancel(l.ctx), &l.config, policy, "release lock", func(ctx context.Context) (struct{}, error) {
+		return struct{}{}, l.queue.remove(ctx)
 	})
+	if err == nil && !l.queue.writes.mayStillApply {
+		l.lease.freeKey(l.queue.key)
+		return nil
+	}
+	l.lease.sweeper.add(&sweptKey{ctx: context.WithoutCancel(l.ctx), queue: &l.queue})
+	if err == nil {
+		return nil
+	}
+	return errorf("%w: lock %q is not confirmed released; its key is deleted when etcd can be reached, or is gone by %s with its lease: %w",
+		ErrUnknownOutcome, l.queue.name, l.lease.serverExpiry(), err)
+}
+
+// discard gives up a lock that was never held.
+func (l *Lock) discard() {
+	l.shutdown(ErrClosed)
+	inBackground(func() {
+		l.stopWatching()
+		l.removeLeft()
+	})
+}
+
+// removeLeft removes what may be left of a lock that is not held: its own lease, with which its key
+// goes and can never be written late, or else its key.
+func (l *Lock) removeLeft() {
+	switch {
+	case !l.shared:
+		if err := l.lease.Close(); errors.Is(err, ErrUnknownOutcome) {
+			revokeInBackground(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, lateWindow))
+		}
+	case l.queue.unwritten():
+		l.lease.freeKey(l.queue.key)
+	default:
+		l.lease.sweeper.remove(l)
+	}
 }

@@ -8,49 +8,76 @@ import (
 	"fmt"
 	"time"
 
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// maxCommitOps is etcd's limit of 128 operations in a transaction, less the one by which a Commit recognises itself.
+// maxCommitOps is etcd's limit of 128 operations in a transaction, less the one by which a Commit
+// recognizes itself.
 const maxCommitOps = 127
 
-// Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns the revision.
-//
-// ErrLockLost and ErrClosed say that they were not applied; ErrUnknownOutcome, that they may have been: no answer came before
-// ctx or the lock ended or [RetryPolicy] gave up, or the key was gone when it did. Any other error, also one from ctx, is the
-// reason why they were not applied.
-//
-// Commits of one lock are serialised. ops are 127 at most, possibly none, and must not write the lock's own key. After
-// the parent's end Commit still works, until Close or until the lease runs out: winding down may need to save its state.
-// Give it then a context of its own, since ctx bounds the call.
-//
-// After ErrUnknownOutcome the write may still be applied, until the next Commit: before reading what that is to depend on,
-// settle it by a Commit of nothing.
+// Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns
+// the revision. It is [Lock.CommitIf] without conditions, and has its errors but ErrConditionFailed.
 func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error) {
+	return l.CommitIf(ctx, nil, ops...)
+}
+
+// CommitIf applies ops in one transaction if and only if the lock is held and every condition holds,
+// exactly once, and returns the revision.
+//
+// At most 127 ops and 127 conditions are allowed, also none. ops must not write the lock's own key. A
+// Get among them is carried out, and its result is discarded. Commits of one lock take turns.
+//
+// ctx bounds this call. After the end of the lock's parent CommitIf still works, until Close or until
+// the lease expires, because winding down may need to save state: give it a context of its own then.
+//
+// Errors:
+//   - [ErrConditionFailed] if a condition did not hold. Nothing was applied, and the lock is held.
+//   - [ErrLockLost] or [ErrClosed] if the lock is not held. Nothing was applied.
+//   - [ErrUnknownOutcome] if the transaction may have been applied: no answer came before ctx or the
+//     lock ended or [RetryPolicy] gave up, or the key was gone afterwards and a sending of the
+//     transaction is not accounted for. The transaction may still be applied later. The next Commit,
+//     even an empty one, rules that out.
+//   - Any other error, also ctx's, says why nothing was applied.
+//
+// Through a client whose KV is wrapped, for example by client/v3/namespace, CommitIf cannot observe
+// what clientv3 sends: there a lock whose key is gone is ErrUnknownOutcome.
+func (l *Lock) CommitIf(ctx context.Context, conditions []clientv3.Cmp, ops ...clientv3.Op) (Revision, error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
 	}
-	if err := l.checkOps(ops); err != nil {
+	if err := checkCommit(l.queue.key, conditions, ops); err != nil {
 		return 0, err
 	}
-	rev, err := l.exclusively(ctx, l.config.retry, func(ctx context.Context) (Revision, error) { return l.bump(ctx, l.config.retry, ops) })
+	var rev Revision
+	err := l.fence.do(ctx, l.config.retry, func(ctx context.Context) (err error) {
+		rev, err = l.fence.commit(ctx, l.config.retry, conditions, ops)
+		return err
+	})
 	if err != nil {
-		return 0, fmt.Errorf("etcdutil: commit under %q: %w", l.name, withContextError(ctx, err))
+		return 0, errorf("commit under %q: %w", l.queue.name, withContextError(ctx, err))
 	}
 	return rev, nil
 }
 
-func (l *Lock) checkOps(ops []clientv3.Op) error {
+func checkCommit(key string, conditions []clientv3.Cmp, ops []clientv3.Op) error {
+	if len(conditions) > maxCommitOps {
+		return errorf("conditions: %d, at most %d", len(conditions), maxCommitOps)
+	}
 	if len(ops) > maxCommitOps {
-		return fmt.Errorf("etcdutil: ops: %d operations, at most %d", len(ops), maxCommitOps)
+		return errorf("ops: %d operations, at most %d", len(ops), maxCommitOps)
+	}
+	for i, c := range conditions {
+		if c.GetCompare() == nil {
+			return errorf("conditions[%d] is not a comparison", i)
+		}
 	}
 	for i, op := range ops {
 		if !op.IsGet() && !op.IsPut() && !op.IsDelete() && !op.IsTxn() {
-			return fmt.Errorf("etcdutil: ops[%d] is not an operation", i)
+			return errorf("ops[%d] is not an operation", i)
 		}
-		if writes(op, []byte(l.key)) {
-			return fmt.Errorf("etcdutil: ops[%d] writes the lock's own key %q", i, l.key)
+		if writes(op, []byte(key)) {
+			return errorf("ops[%d] writes the lock's own key %q", i, key)
 		}
 	}
 	return nil
@@ -80,136 +107,242 @@ func writes(op clientv3.Op, key []byte) bool {
 	return bytes.Compare(begin, key) <= 0 && bytes.Compare(key, end) < 0
 }
 
-// lastAnswer is how long the answer to a transaction is waited for that was under way when the lock was lost. It is most
-// often about to come, and says what became of it.
-const lastAnswer = 200 * time.Millisecond
+// fence makes transactions that etcd applies if and only if a lock's key is unchanged. It recognizes
+// its own by the key's version, which nobody else increments.
+type fence struct {
+	queue   *contender
+	owner   fenceOwner
+	stopCtx context.Context // ends when the lock is no longer held
 
-// exclusively runs a transaction under the lock: alone, with nothing left that an earlier one has sent and that may yet be
-// applied, and in a context that ends soon after the lock is lost.
-func (l *Lock) exclusively(ctx context.Context, policy RetryPolicy, f func(ctx context.Context) (Revision, error)) (Revision, error) {
-	if elapsed := policy.withDefaults().Elapsed; elapsed > 0 { // all of this is one call
-		var stop context.CancelFunc
-		ctx, stop = context.WithTimeoutCause(ctx, elapsed, fmt.Errorf("etcdutil: gave up after %v", elapsed))
-		defer stop()
-	}
-	select {
-	case l.committing <- struct{}{}:
-		defer func() { <-l.committing }()
-	case <-ctx.Done():
-		return 0, contextError(ctx)
-	}
-	if lost := l.lost(); lost != nil {
-		return 0, lost
-	}
-	held, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(l.stopCtx, func() {
-		sleep(held, lastAnswer)
-		cancel(context.Cause(l.stopCtx))
-	})()
-	if l.unsettled {
-		// What was sent before compares the version, so it can no longer be applied once that is bumped.
-		if _, err := l.bump(held, policy, nil); err != nil {
-			return 0, l.definite(fmt.Errorf("nothing sent, because an earlier outcome is still open: %w", notUnknown(err)))
-		}
-	}
-	return f(held)
+	turn     chan struct{} // held by the transaction that is under way; guards the fields below
+	version  int64         // of the key
+	revision Revision      // of the key's last change
+	pending  bool          // an earlier transaction may still be applied
 }
 
-// notUnknown is err without ErrUnknownOutcome, which is not said of what was not sent.
-func notUnknown(err error) error {
+// fenceOwner is the lock of a fence.
+type fenceOwner interface {
+	// stopCause says why the lock is no longer held, nil if it is.
+	stopCause() error
+	// keyDeleted ends the lock, whose key is gone, and returns its stopCause.
+	keyDeleted() error
+}
+
+// answerGrace is how long the answer to a transaction is waited for that was under way when the lock
+// was lost. Most often it is about to come, and says what became of the transaction.
+const answerGrace = 200 * time.Millisecond
+
+// do runs run when it is its turn, with no earlier transaction left that may still be applied. All of
+// it is one call to the policy. The context of run ends soon after the lock is lost.
+func (f *fence) do(ctx context.Context, p RetryPolicy, run func(ctx context.Context) error) error {
+	ctx, cancel := withinElapsed(ctx, p)
+	defer cancel()
+	select {
+	case f.turn <- struct{}{}:
+		defer func() { <-f.turn }()
+	case <-ctx.Done():
+		return contextError(ctx)
+	}
+	if stopped := f.owner.stopCause(); stopped != nil {
+		return stopped
+	}
+	held, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(f.stopCtx, func() {
+		sleep(held, answerGrace)
+		stop(context.Cause(f.stopCtx))
+	})()
+	if f.pending {
+		// What was sent before compares the version, so it cannot be applied once that is incremented.
+		if _, err := f.commit(held, p, nil, nil); err != nil {
+			return f.lostOr(fmt.Errorf("nothing sent, because an earlier outcome is still open: %w", opaque(err)))
+		}
+	}
+	return run(held)
+}
+
+// withinElapsed bounds ctx by the policy.
+func withinElapsed(ctx context.Context, p RetryPolicy) (context.Context, context.CancelFunc) {
+	elapsed := p.withDefaults().Elapsed
+	if elapsed <= 0 {
+		return ctx, func() {}
+	}
+	return context.WithTimeoutCause(ctx, elapsed, fmt.Errorf("gave up after %v", elapsed))
+}
+
+// opaque is err without ErrUnknownOutcome, which is not said of what was not sent.
+func opaque(err error) error {
 	if errors.Is(err, ErrUnknownOutcome) {
 		return errors.New(err.Error())
 	}
 	return err
 }
 
-// isCurrent compares whether the lock is held, and nothing was committed since what is known of it: a key that was deleted and
+// unchanged compares whether the lock is held and its key as it was last. A key that was deleted and
 // created again has another revision as well.
-func (l *Lock) isCurrent() clientv3.Cmp {
-	return clientv3.Compare(clientv3.ModRevision(l.key), "=", l.revision)
+func (f *fence) unchanged() clientv3.Cmp {
+	return clientv3.Compare(clientv3.ModRevision(f.queue.key), "=", f.revision)
 }
 
-// bump applies ops and raises the version of the lock's key in one transaction, if that is current. By the version, one read
-// tells after a lost answer whether it was applied: nobody else raises it.
-func (l *Lock) bump(ctx context.Context, policy RetryPolicy, ops []clientv3.Op) (Revision, error) {
-	then := append(append([]clientv3.Op{}, ops...),
-		clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))
-	resp, d, err := l.transact(ctx, policy, []clientv3.Cmp{l.isCurrent()}, then)
-	switch {
-	case err != nil && !d.applied:
-		l.unsettled = true // clientv3 may have sent it twice by itself, and tells only how the second one fared
-		return 0, l.definite(err)
-	case err == nil && resp.Succeeded:
-		return l.settled(resp.Header.Revision), nil
-	}
-	return l.readBack(ctx, policy, err, d)
-}
-
-// doubt is what the attempts at a transaction leave open that were not answered.
-type doubt struct {
-	applied   bool // one of them may have been applied
-	straggler bool // one may yet be
-}
-
-// transact repeats a guarded transaction until it is answered.
-func (l *Lock) transact(ctx context.Context, policy RetryPolicy, guards []clientv3.Cmp, then []clientv3.Op) (*clientv3.TxnResponse, doubt, error) {
-	var d doubt
-	resp, err := retry(ctx, &l.config, policy, "commit", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, err := l.config.client.Txn(ctx).If(guards...).Then(then...).Commit()
-		if IsAmbiguous(err) {
-			d.applied = true
-			// Without space left etcd may have applied it, but will not do so later.
-			d.straggler = d.straggler || !errors.Is(err, rpctypes.ErrNoSpace)
+// txn repeats a guarded transaction until it is answered.
+func (f *fence) txn(ctx context.Context, p RetryPolicy, q txnRequest) (*clientv3.TxnResponse, txnResult, error) {
+	var r txnResult
+	resp, err := retry(ctx, f.queue.config, p, "commit", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		resp, seen, err := r.send(ctx, f.queue.config.client, q)
+		if !seen {
+			r = txnResult{mayBeApplied: true, mayStillApply: true}
 		}
 		return resp, err
 	})
-	return resp, d, err
+	return resp, r, err
 }
 
-func (l *Lock) settled(rev Revision) Revision {
-	l.version++
-	l.revision = rev
-	l.unsettled = false
+// commit applies ops and increments the key's version in one transaction, if the key is unchanged and
+// the conditions hold.
+func (f *fence) commit(ctx context.Context, p RetryPolicy, conditions []clientv3.Cmp, ops []clientv3.Op) (Revision, error) {
+	resp, r, err := f.txn(ctx, p, f.request(conditions, ops))
+	switch {
+	case err == nil && resp.Succeeded:
+		return f.advance(resp.Header.Revision), nil
+	case err != nil && !r.mayBeApplied:
+		return 0, f.lostOr(err)
+	}
+	notApplied := err
+	if err == nil {
+		notApplied = refusal(resp, conditions)
+	}
+	if r.mayStillApply && !IsAmbiguous(err) && len(conditions)+len(ops) > 0 && f.ruleOut(ctx, p) {
+		return 0, notApplied
+	}
+	kv, err := f.keyAfter(ctx, p, resp, r)
+	if err != nil {
+		return 0, f.unknownOutcome(cmp.Or(notApplied, err))
+	}
+	switch f.resolve(r, kv) {
+	case verdictApplied:
+		return f.advance(kv.ModRevision), nil
+	case verdictNotApplied:
+		return 0, notApplied
+	case verdictLost:
+		return 0, f.owner.keyDeleted()
+	case verdictGone:
+		_ = f.owner.keyDeleted()
+		return 0, f.unknownOutcome("the lock's key is gone")
+	case verdictOverwritten:
+		f.adopt(kv)
+		return 0, f.unknownOutcome("the lock's key was written by somebody else")
+	}
+	return 0, f.unknownOutcome(notApplied)
+}
+
+// request is a transaction that increments the key's version. Where it is refused its answer holds
+// the key, and for each condition whether that held.
+func (f *fence) request(conditions []clientv3.Cmp, ops []clientv3.Op) txnRequest {
+	q := txnRequest{
+		guards: append([]clientv3.Cmp{f.unchanged()}, conditions...),
+		then: append(append([]clientv3.Op{}, ops...),
+			clientv3.OpPut(f.queue.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease())),
+		otherwise: []clientv3.Op{clientv3.OpGet(f.queue.key)},
+	}
+	for _, c := range conditions {
+		q.otherwise = append(q.otherwise, clientv3.OpTxn([]clientv3.Cmp{c}, nil, nil))
+	}
+	return q
+}
+
+// refusal is the error for a transaction that was refused and not applied: a condition did not hold.
+func refusal(resp *clientv3.TxnResponse, conditions []clientv3.Cmp) error {
+	for i := range conditions {
+		if !resp.Responses[1+i].GetResponseTxn().Succeeded {
+			return fmt.Errorf("%w: conditions[%d]", ErrConditionFailed, i)
+		}
+	}
+	return errRefused
+}
+
+// errRefused says that a transaction was refused although all its guards hold.
+var errRefused = errors.New("refused, although nothing has changed")
+
+// ruleOut makes sure that no sending of the last transaction can be applied any more. It reports
+// whether none was.
+func (f *fence) ruleOut(ctx context.Context, p RetryPolicy) bool {
+	resp, _, err := f.txn(ctx, p, f.request(nil, nil))
+	if err != nil || !resp.Succeeded {
+		return false
+	}
+	f.advance(resp.Header.Revision)
+	return true
+}
+
+// keyAfter returns the key as it is after a transaction, nil if it is gone.
+func (f *fence) keyAfter(ctx context.Context, p RetryPolicy, refused *clientv3.TxnResponse, r txnResult) (*mvccpb.KeyValue, error) {
+	if refused != nil && !r.mayStillApply {
+		return f.queue.ownIn(rangeIn(refused, 0).Kvs), nil
+	}
+	return f.read(ctx, p)
+}
+
+// read returns the lock's key, nil if it is gone.
+func (f *fence) read(ctx context.Context, p RetryPolicy) (*mvccpb.KeyValue, error) {
+	resp, err := retryRead(ctx, f.queue.config, p, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return f.queue.config.client.Get(ctx, f.queue.key)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return f.queue.ownIn(resp.Kvs), nil
+}
+
+// verdict is what became of a transaction that did not simply succeed.
+type verdict int
+
+const (
+	verdictUnknown     verdict = iota // it may have been applied, or may yet be
+	verdictApplied                    // the key has its mark
+	verdictNotApplied                 // and never will be: the key is unchanged
+	verdictLost                       // not applied, because the key was gone
+	verdictGone                       // the key is gone, and with it the mark
+	verdictOverwritten                // the key was written by somebody else, over the mark if there was one
+)
+
+// resolve decides by the key as it is now, nil if it is gone.
+func (f *fence) resolve(r txnResult, kv *mvccpb.KeyValue) verdict {
+	switch {
+	case kv == nil && r.mayBeApplied:
+		return verdictGone
+	case kv == nil:
+		return verdictLost
+	case kv.Version == f.version+1 && string(kv.Value) == f.queue.value:
+		return verdictApplied
+	case kv.ModRevision != f.revision:
+		return verdictOverwritten
+	case r.mayStillApply:
+		return verdictUnknown
+	}
+	return verdictNotApplied
+}
+
+// advance notes a change of the key by the fence.
+func (f *fence) advance(rev Revision) Revision {
+	f.version++
+	f.revision, f.pending = rev, false
 	return rev
 }
 
-// definite is the error for what was not applied.
-func (l *Lock) definite(err error) error {
-	if lost := l.lost(); lost != nil {
-		return lost
+// adopt notes a change of the key by somebody else.
+func (f *fence) adopt(kv *mvccpb.KeyValue) { f.version, f.revision = kv.Version, kv.ModRevision }
+
+// lostOr is the error for what was not applied: why the lock is no longer held, or else err.
+func (f *fence) lostOr(err error) error {
+	if stopped := f.owner.stopCause(); stopped != nil {
+		return stopped
 	}
 	return err
 }
 
-// unknown is the error for what may have been applied. It must not wrap what ended the lock: ErrLockLost would say that
-// it was not.
-func (l *Lock) unknown(why any) error {
-	l.unsettled = true
+// unknownOutcome is the error for what may have been applied. It does not wrap what ended the lock:
+// ErrLockLost would say that it was not.
+func (f *fence) unknownOutcome(why any) error {
+	f.pending = true
 	return fmt.Errorf("%w: %v", ErrUnknownOutcome, why)
-}
-
-// errRefused says that guards did not hold.
-var errRefused = errors.New("refused, although nothing has changed")
-
-// readBack tells whether a transaction was applied that was refused by its guard, or else failed with err.
-func (l *Lock) readBack(ctx context.Context, policy RetryPolicy, err error, d doubt) (Revision, error) {
-	kv, readErr := l.read(ctx, policy)
-	switch {
-	case readErr != nil: // a refusal may be that of clientv3's own repetition
-		return 0, l.unknown(cmp.Or(err, readErr))
-	case kv == nil && !d.applied:
-		return 0, l.keyGone()
-	case kv == nil:
-		_ = l.keyGone()
-		return 0, l.unknown("the lock's key is gone")
-	case kv.Version == l.version+1 && string(kv.Value) == l.value:
-		return l.settled(kv.ModRevision), nil
-	case kv.ModRevision != l.revision:
-		l.version, l.revision = kv.Version, kv.ModRevision
-		return 0, l.unknown("the lock's key was written by somebody else")
-	case d.straggler || err == nil:
-		return 0, l.unknown(cmp.Or(err, errRefused))
-	}
-	return 0, err
 }

@@ -6,140 +6,361 @@ import (
 	"errors"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/metadata"
 )
 
-// awaitTurn queues up and waits until no contender is older.
-func (l *Lock) awaitTurn(ctx context.Context) error {
-	older, err := l.enqueue(ctx)
-	for err == nil && older != nil {
-		if err = l.awaitGone(ctx, older); err == nil {
-			older, err = l.look(ctx)
+// contender is a place in the queue for a name: a key directly below it, attached to a lease. The
+// contender whose key was created first holds the lock.
+type contender struct {
+	config  *config
+	policy  RetryPolicy // of its requests
+	name    string
+	key     string
+	value   string
+	leaseID clientv3.LeaseID
+
+	token  Revision  // the key's create revision; 0 until it is known
+	writes txnResult // of the key, except the one that is known to be applied
+}
+
+// errKeyGone says that a contender's key is gone, or is no longer its own.
+var errKeyGone = errors.New("the key was deleted")
+
+// waitTurn queues up and waits until no contender is older.
+func (c *contender) waitTurn(ctx context.Context) error {
+	predecessor, err := c.enqueue(ctx)
+	for err == nil && predecessor != nil {
+		if err = c.waitDeleted(ctx, predecessor); err == nil {
+			predecessor, err = c.checkTurn(ctx)
 		}
 	}
 	return err
 }
 
-// enqueue writes the key, once however often it is sent, and returns the nearest older contender, if any.
-func (l *Lock) enqueue(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := l.write(ctx, clientv3.Compare(clientv3.CreateRevision(l.key), "=", 0), newest(l.name))
+// enqueue writes the key, once however often it is sent. It returns the nearest older contender, nil
+// if there is none.
+func (c *contender) enqueue(ctx context.Context) (*mvccpb.KeyValue, error) {
+	resp, err := c.write(ctx, clientv3.Compare(clientv3.CreateRevision(c.key), "=", 0),
+		[]clientv3.Op{opNewest(c.name)}, []clientv3.Op{clientv3.OpGet(c.key), opNewest(c.name)})
 	if err != nil {
 		return nil, err
 	}
-	if !resp.Succeeded { // an earlier attempt has written it
-		written, contenders, err := l.found(ctx)
-		switch {
-		case err != nil:
-			return nil, err
-		case !written: // and somebody has deleted it
-			return nil, l.keyGone()
-		}
-		return nearest(ctx, &l.config, l.waiting, l.name, contenders, l.token)
+	if !resp.Succeeded && !c.adopt(rangeIn(resp, 0).Kvs) {
+		return nil, errKeyGone
 	}
-	l.entered(resp.Header.Revision)
-	return nearest(ctx, &l.config, l.waiting, l.name, resp.Responses[1].GetResponseRange(), l.token)
+	page := rangeIn(resp, 1)
+	if kv := c.likelyPredecessor(page.Kvs); kv != nil {
+		return kv, nil
+	}
+	return c.predecessorIn(ctx, page)
 }
 
-// write repeats a transaction that creates the key until it is answered.
-func (l *Lock) write(ctx context.Context, guard clientv3.Cmp, more ...clientv3.Op) (*clientv3.TxnResponse, error) {
-	then := append([]clientv3.Op{clientv3.OpPut(l.key, l.value, clientv3.WithLease(l.lease.id))}, more...)
-	resp, err := retry(ctx, &l.config, l.waiting, "queue up", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, err := l.config.client.Txn(ctx).If(guard).Then(then...).Commit()
-		l.doubt = l.doubt || IsAmbiguous(err)
+// write repeats a transaction that creates the key if guard holds, until it is answered.
+func (c *contender) write(ctx context.Context, guard clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {
+	put := clientv3.OpPut(c.key, c.value, clientv3.WithLease(c.leaseID))
+	q := txnRequest{[]clientv3.Cmp{guard}, append([]clientv3.Op{put}, then...), otherwise}
+	resp, err := retry(ctx, c.config, c.policy, "queue up", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		resp, _, err := c.writes.send(ctx, c.config.client, q)
 		return resp, err
 	})
-	// Of a lease that another client granted it may only be the wrong etcd that is asked.
-	if errors.Is(err, rpctypes.ErrLeaseNotFound) && l.lease.config.client == l.config.client {
-		l.lease.markLost(ErrLeaseRevoked)
+	if err == nil && resp.Succeeded {
+		c.token = resp.Header.Revision
 	}
 	return resp, err
 }
 
-// found reads the key, which an earlier attempt may have written, and the youngest contenders. It reports whether it was
-// written.
-func (l *Lock) found(ctx context.Context) (written bool, contenders *etcdserverpb.RangeResponse, err error) {
-	resp, err := retryRead(ctx, &l.config, l.waiting, "read the queue", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return l.config.client.Txn(ctx).Then(clientv3.OpGet(l.key), newest(l.name)).Commit()
-	})
-	if err != nil {
-		return false, nil, err
-	}
-	contenders = resp.Responses[1].GetResponseRange()
-	contenders.Header = resp.Header
-	for _, kv := range resp.Responses[0].GetResponseRange().Kvs {
-		if clientv3.LeaseID(kv.Lease) == l.lease.id { // else somebody else wrote it, and it holds nothing
-			l.entered(kv.CreateRevision)
-			return true, contenders, nil
+// adopt takes the key over that an earlier attempt has written. It reports false if there is none: a
+// key without the lease was written by somebody else, and holds nothing.
+func (c *contender) adopt(kvs []*mvccpb.KeyValue) bool {
+	for _, kv := range kvs {
+		if clientv3.LeaseID(kv.Lease) == c.leaseID {
+			c.token = kv.CreateRevision
+			return true
 		}
 	}
-	return false, contenders, nil
+	return false
 }
 
-// entered notes the token.
-func (l *Lock) entered(token Revision) {
-	l.token, l.version, l.revision = token, 1, token
-	l.watching.Add(1)
-	l.watch = time.AfterFunc(keyWatchDelay, l.watchKey)
+// checkTurn returns the nearest older contender, nil if there is none, and errKeyGone if the own key
+// is gone.
+func (c *contender) checkTurn(ctx context.Context) (*mvccpb.KeyValue, error) {
+	resp, err := c.read(ctx, txnRequest{
+		guards: c.exists(),
+		then:   []clientv3.Op{opNewest(c.name, clientv3.WithMaxCreateRev(c.token-1))},
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case !resp.Succeeded:
+		return nil, errKeyGone
+	}
+	return c.predecessorIn(ctx, rangeIn(resp, 0))
 }
 
-// prefix is where the contenders for a name are.
+// checkTurnOnce returns ErrLockHeld if a contender is older.
+func (c *contender) checkTurnOnce(ctx context.Context) error {
+	predecessor, err := c.checkTurn(ctx)
+	if err == nil && predecessor != nil {
+		return ErrLockHeld
+	}
+	return err
+}
+
+// claimRounds limits how often tryClaim tries to get ahead of those who create keys below the name.
+const claimRounds = 3
+
+// tryClaim creates the key if none was created below the name since revision seen, when nobody held
+// the lock. What was created may be no contender: it looks again. Where keys are created faster than
+// it can look it queues up, looks once, and gives up unless it is first.
+func (c *contender) tryClaim(ctx context.Context, seen Revision) error {
+	for range claimRounds {
+		unchanged := clientv3.Compare(clientv3.CreateRevision(prefix(c.name)), "<", seen+1).WithPrefix()
+		resp, err := c.write(ctx, unchanged, nil, []clientv3.Op{clientv3.OpGet(c.key), opFree(c.name)})
+		switch {
+		case err != nil:
+			return err
+		case resp.Succeeded:
+			return nil
+		case c.adopt(rangeIn(resp, 0).Kvs):
+			return c.checkTurnOnce(ctx)
+		}
+		free := resp.Responses[1].GetResponseTxn()
+		if err := errIfHeld(ctx, c.config, c.policy, c.name, free); err != nil {
+			return err
+		}
+		seen = resp.Header.Revision
+	}
+	if _, err := c.enqueue(ctx); err != nil {
+		return err
+	}
+	return c.checkTurnOnce(ctx)
+}
+
+// remove deletes the key. It deletes that of no other contender, which may have the same name later,
+// unless the own key may be written late: then that name is not used again.
+func (c *contender) remove(ctx context.Context) error {
+	guard := clientv3.Compare(clientv3.CreateRevision(c.key), "=", c.token)
+	if c.token == 0 || c.writes.mayStillApply {
+		guard = clientv3.Compare(clientv3.CreateRevision(c.key), ">", 0)
+	}
+	_, err := c.config.client.Txn(ctx).If(guard).Then(clientv3.OpDelete(c.key)).Commit()
+	return err // a guard that does not hold proves nothing: clientv3 may have repeated the request
+}
+
+// unwritten reports whether the key was surely never written, nor will be.
+func (c *contender) unwritten() bool { return c.token == 0 && c.writes == (txnResult{}) }
+
+// exists compares whether the key is there and the contender's own.
+func (c *contender) exists() []clientv3.Cmp {
+	return []clientv3.Cmp{
+		clientv3.Compare(clientv3.CreateRevision(c.key), "=", c.token),
+		clientv3.Compare(clientv3.LeaseValue(c.key), "=", c.leaseID),
+	}
+}
+
+// ownIn returns the contender's own key, nil if it is gone. One without the lease was overwritten by
+// somebody else, and has lost its place.
+func (c *contender) ownIn(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
+	for _, kv := range kvs {
+		if kv.CreateRevision == c.token && clientv3.LeaseID(kv.Lease) == c.leaseID {
+			return kv
+		}
+	}
+	return nil
+}
+
+// read repeats a transaction that only reads.
+func (c *contender) read(ctx context.Context, q txnRequest) (*clientv3.TxnResponse, error) {
+	return readTxn(ctx, c.config, c.policy, q)
+}
+
+func readTxn(ctx context.Context, c *config, p RetryPolicy, q txnRequest) (*clientv3.TxnResponse, error) {
+	return retryRead(ctx, c, p, "read the queue", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		return c.client.Txn(ctx).If(q.guards...).Then(q.then...).Else(q.otherwise...).Commit()
+	})
+}
+
+func rangeIn(resp *clientv3.TxnResponse, i int) *etcdserverpb.RangeResponse {
+	return resp.Responses[i].GetResponseRange()
+}
+
+// The queue of a name.
+
+// prefix is what the keys of a name's contenders begin with.
 func prefix(name string) string { return name + "/" }
 
-// isContender tells a contender for name from what else may be under its prefix: the keys of another lock, whose name
-// goes on after the slash, and keys without a lease. This is how etcd's own recipes name theirs.
-func isContender(name string, kv *mvccpb.KeyValue) bool {
-	rest, ok := bytes.CutPrefix(kv.Key, []byte(prefix(name)))
-	return ok && kv.Lease != 0 && !bytes.Contains(rest, []byte("/"))
-}
-
-// newest reads the youngest few keys under a name, which is enough to find the nearest older contender unless there are
-// many strays. Not WithKeysOnly: etcd 3.7 then says that no key has a lease.
-func newest(name string, opts ...clientv3.OpOption) clientv3.Op {
+// opNewest lists the newest keys below a name. It reads no values, which may be large and anybody's.
+// Without them etcd 3.7 reports no leases either.
+func opNewest(name string, opts ...clientv3.OpOption) clientv3.Op {
 	begin := prefix(name)
-	return clientv3.OpGet(begin, append(opts, clientv3.WithRange(clientv3.GetPrefixRangeEnd(begin)), clientv3.WithLimit(8),
-		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))...)
+	return clientv3.OpGet(begin, append([]clientv3.OpOption{
+		clientv3.WithRange(clientv3.GetPrefixRangeEnd(begin)), clientv3.WithKeysOnly(), clientv3.WithLimit(8),
+		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend),
+	}, opts...)...)
 }
 
-// nearest finds the youngest contender that is older than token in what newest read; nil if there is none.
-func nearest(ctx context.Context, c *config, policy RetryPolicy, name string, page *etcdserverpb.RangeResponse, token Revision) (*mvccpb.KeyValue, error) {
-	for _, kv := range page.Kvs {
-		if kv.CreateRevision < token && isContender(name, kv) {
-			return kv, nil
+// opFree is a transaction that succeeds if no key below a name has a lease, and lists the newest
+// otherwise.
+func opFree(name string) clientv3.Op {
+	begin := prefix(name)
+	return clientv3.OpTxn([]clientv3.Cmp{unleased(begin, clientv3.GetPrefixRangeEnd(begin))}, nil,
+		[]clientv3.Op{opNewest(name)})
+}
+
+// unleased compares whether no key from begin to end has a lease.
+func unleased(begin, end string) clientv3.Cmp {
+	return clientv3.Compare(clientv3.LeaseValue(begin).WithRange(end), "=", 0)
+}
+
+// checkFree returns a revision at which nobody held the lock or waited for it, or else ErrLockHeld.
+func checkFree(ctx context.Context, c *config, p RetryPolicy, name string) (Revision, error) {
+	resp, err := readTxn(ctx, c, p, txnRequest{then: []clientv3.Op{opFree(name)}})
+	if err != nil {
+		return 0, err
+	}
+	return resp.Header.Revision, errIfHeld(ctx, c, p, name, resp.Responses[0].GetResponseTxn())
+}
+
+// errIfHeld returns ErrLockHeld if opFree's answer shows a contender.
+func errIfHeld(ctx context.Context, c *config, p RetryPolicy, name string, free *etcdserverpb.TxnResponse) error {
+	if free.Succeeded {
+		return nil
+	}
+	page := free.Responses[0].GetResponseRange()
+	children := olderChildren(name, page.Kvs, math.MaxInt64)
+	if !page.More && len(children) == len(page.Kvs) {
+		return ErrLockHeld // one of them has a lease, and all are where contenders are
+	}
+	kv, err := newestContender(ctx, c, p, name, page, math.MaxInt64)
+	if err == nil && kv != nil {
+		return ErrLockHeld
+	}
+	return err
+}
+
+// likelyPredecessor returns the newest older key that looks like a contender's. Whether it has a
+// lease is not known yet.
+func (c *contender) likelyPredecessor(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
+	for _, kv := range olderChildren(c.name, kvs, c.token) {
+		if strings.Trim(string(kv.Key[len(prefix(c.name)):]), "0123456789abcdef-") == "" {
+			return kv
 		}
 	}
-	if !page.More {
-		return nil, nil
-	}
-	// All of the young ones are strays. How many there are is not known: read on, but not everything at once.
-	all, err := retryRead(ctx, c, policy, "read the queue", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return c.client.Get(ctx, prefix(name), clientv3.WithPrefix(), clientv3.WithMaxCreateRev(token-1),
-			clientv3.WithLimit(16*int64(len(page.Kvs))), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortDescend))
-	})
-	if err != nil {
-		return nil, err
-	}
-	return nearest(ctx, c, policy, name, (*etcdserverpb.RangeResponse)(all), token)
+	return nil
 }
 
-// awaitGone waits until older, or the lock's own key, is gone. Where its watch is silent or fails it reads these two, and no
-// more than these: a long queue would keep etcd busy by waiting.
-func (l *Lock) awaitGone(ctx context.Context, older *mvccpb.KeyValue) error {
+// predecessorIn returns the nearest older contender, nil if there is none. page is what opNewest read.
+func (c *contender) predecessorIn(ctx context.Context, page *etcdserverpb.RangeResponse) (*mvccpb.KeyValue, error) {
+	kv, err := firstLeased(ctx, c.config, c.policy, olderChildren(c.name, page.Kvs, c.token))
+	if kv != nil || err != nil || !page.More {
+		return kv, err
+	}
+	// There may be thousands of strays, and no contender among them.
+	end := clientv3.GetPrefixRangeEnd(prefix(c.name))
+	resp, err := c.read(ctx, txnRequest{guards: []clientv3.Cmp{
+		unleased(prefix(c.name), c.key), unleased(c.key+"\x00", end),
+	}})
+	if err != nil || resp.Succeeded {
+		return nil, err
+	}
+	return newestContender(ctx, c.config, c.policy, c.name, page, c.token)
+}
+
+// maxQueuePage limits how many keys are listed at once.
+const maxQueuePage = 4096
+
+// newestContender returns the newest contender whose key was created before a revision, nil if there
+// is none. page is what opNewest read; more is read where that is not enough.
+func newestContender(ctx context.Context, c *config, p RetryPolicy, name string, page *etcdserverpb.RangeResponse, before Revision) (*mvccpb.KeyValue, error) {
+	for {
+		kv, err := firstLeased(ctx, c, p, olderChildren(name, page.Kvs, before))
+		if kv != nil || err != nil || !page.More {
+			return kv, err
+		}
+		limit, oldest := min(16*len(page.Kvs), maxQueuePage), page.Kvs[len(page.Kvs)-1].CreateRevision
+		if page.Kvs[0].CreateRevision == oldest { // a page of one revision
+			limit = 16 * len(page.Kvs)
+		}
+		resp, err := readTxn(ctx, c, p, txnRequest{then: []clientv3.Op{
+			opNewest(name, clientv3.WithMaxCreateRev(oldest), clientv3.WithLimit(int64(limit))),
+		}})
+		if err != nil {
+			return nil, err
+		}
+		page = rangeIn(resp, 0)
+	}
+}
+
+// olderChildren returns the keys that are directly below the name and were created before a revision.
+// Deeper ones belong to locks of longer names.
+func olderChildren(name string, kvs []*mvccpb.KeyValue, before Revision) []*mvccpb.KeyValue {
+	var children []*mvccpb.KeyValue
+	for _, kv := range kvs {
+		rest, below := bytes.CutPrefix(kv.Key, []byte(prefix(name)))
+		if below && kv.CreateRevision < before && !bytes.Contains(rest, []byte("/")) {
+			children = append(children, kv)
+		}
+	}
+	return children
+}
+
+// firstLeased returns the first of these keys that has a lease, nil if none has. It reads no values.
+func firstLeased(ctx context.Context, c *config, p RetryPolicy, kvs []*mvccpb.KeyValue) (*mvccpb.KeyValue, error) {
+	for some := range slices.Chunk(kvs, maxCommitOps) {
+		var ops []clientv3.Op
+		for _, kv := range some {
+			ops = append(ops, clientv3.OpTxn(stillLeased(kv), nil, nil))
+		}
+		resp, err := readTxn(ctx, c, p, txnRequest{then: ops})
+		if err != nil {
+			return nil, err
+		}
+		for i, r := range resp.Responses {
+			if r.GetResponseTxn().Succeeded {
+				return some[i], nil
+			}
+		}
+	}
+	return nil, nil
+}
+
+// stillLeased compares whether the key is still the one that was listed, and has a lease.
+func stillLeased(kv *mvccpb.KeyValue) []clientv3.Cmp {
+	key := string(kv.Key)
+	return []clientv3.Cmp{
+		clientv3.Compare(clientv3.CreateRevision(key), "=", kv.CreateRevision),
+		clientv3.Compare(clientv3.LeaseValue(key), "!=", 0),
+	}
+}
+
+// The watches of a contender. Nothing else in the package's locks watches.
+
+// keyWatchDelay keeps a lock that is soon released from paying for a watch on its key.
+const keyWatchDelay = 100 * time.Millisecond
+
+// recheckInterval is how often a key is read although its watch is silent: a watch on a half-open
+// connection, or of a restored etcd, stays silent for ever. A random part of it is added.
+const recheckInterval = 4 * time.Second
+
+// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks again.
+func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValue) error {
 	for failed := 0; ; {
-		gone, refused := l.watchOlder(ctx, older, failed)
+		gone, refused := c.watchWhileWaiting(ctx, predecessor, failed)
 		switch {
 		case gone:
 			return nil
 		case ctx.Err() != nil:
 			return contextError(ctx)
 		}
-		if there, err := l.stillThere(ctx, older); err != nil || !there {
+		if exist, err := c.bothExist(ctx, predecessor); err != nil || !exist {
 			return err
 		}
 		if !refused {
@@ -147,119 +368,112 @@ func (l *Lock) awaitGone(ctx context.Context, older *mvccpb.KeyValue) error {
 			continue
 		}
 		failed++
-		sleep(ctx, l.config.retry.withDefaults().backoff(failed))
+		sleep(ctx, c.config.retry.withDefaults().backoff(failed))
 	}
 }
 
-// watchOlder watches for older's end, for a while. refused says that the watch failed, as failed others did before it.
+// bothExist reports whether the predecessor's and the own key are there.
+func (c *contender) bothExist(ctx context.Context, predecessor *mvccpb.KeyValue) (bool, error) {
+	resp, err := c.read(ctx, txnRequest{guards: append(c.exists(), stillLeased(predecessor)...)})
+	return err == nil && resp.Succeeded, err
+}
+
+// watchWhileWaiting watches the predecessor's key, and soon the own one, for a while. refused says
+// that the watch failed, as failed others did before it.
 //
-// The watch starts from now on, and then the key is read: a watch from a past revision is served only every 100 ms.
-func (l *Lock) watchOlder(ctx context.Context, older *mvccpb.KeyValue, failed int) (gone, refused bool) {
-	watching, cancel := context.WithTimeout(watchContext(ctx, failed), relook+rand.N(relook/2))
+// The predecessor's watch starts from now on, and then its key is read: etcd serves a watch from a
+// past revision only every 100 ms.
+func (c *contender) watchWhileWaiting(ctx context.Context, predecessor *mvccpb.KeyValue, failed int) (gone, refused bool) {
+	ctx, cancel := context.WithTimeout(watchContext(ctx, failed), recheckInterval+rand.N(recheckInterval/2))
 	defer cancel()
-	watch := l.config.client.Watch(watching, string(older.Key), clientv3.WithCreatedNotify(), clientv3.WithFilterPut())
-	for resp := range watch {
-		if len(resp.Events) > 0 { // a deletion; perhaps an old one, which a watch that reconnects may replay
-			return true, false
-		}
-		if !resp.Created {
-			continue
-		}
-		if there, err := l.stillThere(watching, older); err != nil || !there {
-			return err == nil, false
-		}
-	}
-	return false, watching.Err() == nil
-}
-
-// stillThere reports whether both older and the lock's own key are there.
-func (l *Lock) stillThere(ctx context.Context, older *mvccpb.KeyValue) (bool, error) {
-	resp, err := retryRead(ctx, &l.config, l.waiting, "read the queue", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return l.config.client.Txn(ctx).Then(clientv3.OpGet(l.key), clientv3.OpGet(string(older.Key))).Commit()
-	})
-	if err != nil {
-		return false, err
-	}
-	now := resp.Responses[1].GetResponseRange().Kvs
-	return l.mine(resp.Responses[0].GetResponseRange().Kvs) != nil &&
-		len(now) > 0 && now[0].CreateRevision == older.CreateRevision && isContender(l.name, now[0]), nil
-}
-
-// look reads, at one revision, whether the lock's key is still there and which contender is the nearest older one.
-func (l *Lock) look(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := retryRead(ctx, &l.config, l.waiting, "read the queue", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return l.config.client.Txn(ctx).
-			Then(clientv3.OpGet(l.key), newest(l.name, clientv3.WithMaxCreateRev(l.token-1))).
-			Commit()
-	})
-	if err != nil {
-		return nil, err
-	}
-	if l.mine(resp.Responses[0].GetResponseRange().Kvs) == nil {
-		return nil, l.keyGone()
-	}
-	return nearest(ctx, &l.config, l.waiting, l.name, resp.Responses[1].GetResponseRange(), l.token)
-}
-
-// lookBefore returns the revision at which nobody held the lock or waited for it, else ErrLockHeld.
-func lookBefore(ctx context.Context, c *config, name string) (Revision, error) {
-	resp, err := retryRead(ctx, c, c.retry, "read the queue", func(ctx context.Context) (clientv3.OpResponse, error) {
-		return c.client.Do(ctx, newest(name))
-	})
-	if err != nil {
-		return 0, err
-	}
-	page := (*etcdserverpb.RangeResponse)(resp.Get())
-	return page.Header.Revision, unheld(ctx, c, name, page)
-}
-
-func unheld(ctx context.Context, c *config, name string, page *etcdserverpb.RangeResponse) error {
-	contender, err := nearest(ctx, c, c.retry, name, page, math.MaxInt64)
-	if err == nil && contender != nil {
-		return ErrLockHeld
-	}
-	return err
-}
-
-// claim writes the key if nobody has queued up since nobody was seen to. What came since may be a stray: look again.
-func (l *Lock) claim(ctx context.Context, seen Revision) error {
+	theirs := c.config.client.Watch(ctx, string(predecessor.Key), clientv3.WithCreatedNotify(), clientv3.WithFilterPut())
+	var own clientv3.WatchChan // nil blocks
+	delay := time.NewTimer(keyWatchDelay)
+	defer delay.Stop()
 	for {
-		resp, err := l.write(ctx, clientv3.Compare(clientv3.CreateRevision(prefix(l.name)), "<", seen+1).WithPrefix())
-		if err != nil {
-			return err
+		select {
+		case <-delay.C:
+			own = c.config.client.Watch(ctx, c.key, clientv3.WithRev(c.token+1), clientv3.WithFilterPut())
+		case resp, ok := <-own:
+			switch {
+			case len(resp.Events) > 0:
+				return true, false
+			case !ok:
+				own = nil // it is read with the predecessor's
+			}
+		case resp, ok := <-theirs:
+			switch {
+			case !ok:
+				return false, ctx.Err() == nil
+			case len(resp.Events) > 0: // perhaps an old one, which a watch that reconnects may replay
+				return true, false
+			case !resp.Created:
+				continue
+			}
+			if exist, err := c.bothExist(ctx, predecessor); err != nil || !exist {
+				return err == nil, false
+			}
 		}
-		if resp.Succeeded {
-			l.entered(resp.Header.Revision)
+	}
+}
+
+// watchOwnKey returns nil once the key is gone, or ctx's end. No failure makes it give up.
+func (c *contender) watchOwnKey(ctx context.Context) error {
+	for from, failed := c.token+1, 0; ; {
+		deleted, refused := c.watchOwnFrom(ctx, from, failed)
+		if deleted {
 			return nil
 		}
-		written, contenders, err := l.found(ctx)
-		if err != nil || written {
-			return err
+		now, exists, err := c.lookOwn(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return contextError(ctx)
+		case err != nil: // a permission may come back
+			c.config.reporter.lockWatchFailing(c.name, err)
+			refused = true
+		case !exists:
+			return nil
+		default:
+			from = now + 1
 		}
-		if err := unheld(ctx, &l.config, l.name, contenders); err != nil {
-			return err
+		if !refused {
+			failed = 0
+			continue
 		}
-		seen = contenders.Header.Revision
+		failed++
+		sleep(ctx, RetryPolicy{}.withDefaults().backoff(failed))
 	}
 }
 
-// mine is the lock's own key in kvs; nil if it is gone, or was overwritten by somebody without the lease.
-func (l *Lock) mine(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
-	for _, kv := range kvs {
-		if kv.CreateRevision == l.token && clientv3.LeaseID(kv.Lease) == l.lease.id {
-			return kv
+// watchOwnFrom watches the own key for a while. refused says that the watch failed.
+func (c *contender) watchOwnFrom(ctx context.Context, from Revision, failed int) (deleted, refused bool) {
+	ctx, cancel := context.WithTimeout(watchContext(ctx, failed), recheckInterval+rand.N(recheckInterval/2))
+	defer cancel()
+	for resp := range c.config.client.Watch(ctx, c.key, clientv3.WithRev(from), clientv3.WithFilterPut()) {
+		if len(resp.Events) > 0 {
+			return true, false
 		}
 	}
-	return nil
+	return false, ctx.Err() == nil
 }
 
-// watchContext is for a watch on which failed ones have gone before. A watch needs a leader, so that a member which is cut
-// off from the quorum is left. One that failed gets another stream, which clientv3 chooses by the metadata: after a token
-// has expired, all new watches on the stream that was opened with it are refused (etcd-io/etcd#12385).
+// lookOwn reports whether the own key is there, and as of which revision.
+func (c *contender) lookOwn(ctx context.Context) (now Revision, exists bool, err error) {
+	resp, err := readTxn(ctx, c.config, untilDone, txnRequest{guards: c.exists()})
+	if err != nil {
+		return 0, false, err
+	}
+	return resp.Header.Revision, resp.Succeeded, nil
+}
+
+// watchContext is for a watch after a number of failed ones. A watch needs a leader, so that it leaves
+// a member which is cut off from the quorum. clientv3 has a stream for each outgoing metadata, so the
+// caller's is left out. A watch that failed gets another stream: after a token has expired etcd
+// refuses new watches on the stream that was opened with it (etcd-io/etcd#12385).
 func watchContext(ctx context.Context, failed int) context.Context {
-	ctx = clientv3.WithRequireLeader(ctx)
-	if failed == 0 {
-		return ctx
+	md := metadata.MD{}
+	if failed > 0 {
+		md.Set("etcdutil-stream", strconv.Itoa(failed))
 	}
-	return metadata.AppendToOutgoingContext(ctx, "etcdutil-stream", strconv.Itoa(failed))
+	return clientv3.WithRequireLeader(metadata.NewOutgoingContext(ctx, md))
 }

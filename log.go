@@ -1,7 +1,6 @@
 package etcdutil
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -58,10 +57,10 @@ type Entry[T any] struct {
 	Revision Revision
 }
 
-// LogWriter writes a log under a lock. It is a context.Context, derived from the lock: it ends when the lock does, or on
-// Close.
+// LogWriter writes a log under a lock. [NewLogWriter] makes it; it ends with the lock, or on Close.
 //
-// All methods are safe for concurrent use; writes take turns.
+// It is a context.Context, derived from the lock; context.Cause returns why it ended. All methods are
+// safe for concurrent use; writes take turns.
 type LogWriter[T any] struct {
 	lifetime
 	config  config
@@ -71,15 +70,14 @@ type LogWriter[T any] struct {
 	closing sync.Once
 	lost    error // of the lock, before Close
 
-	writing  chan struct{} // held by the Write that is under way; guards the fields below
+	turn     chan struct{} // held by the Write that is under way; guards the fields below
 	last     position
-	open     []byte // the value of a write whose outcome is unknown
-	isOpen   bool
-	conflict error
+	pending  *string // the value of a write whose outcome is unknown, nil if there is none
+	conflict error   // somebody else has written the log
 }
 
-// position is where a log ends: its last entry's version and revision, and the revision of the first entry; 0 if there is
-// none.
+// position is where a log ends: its last entry's version and revision, and the revision of the first
+// entry. It is zero if there is none.
 type position struct {
 	version  int64
 	revision Revision
@@ -93,17 +91,23 @@ func positionOf(kv *mvccpb.KeyValue) position {
 	return position{kv.Version, kv.ModRevision, kv.CreateRevision}
 }
 
-// NewLogWriter makes a writer of the log of this name, a key, which only the holder of lock is to write. The writer's parent
-// is the lock; ctx bounds this call alone, which reads where the log ends. Retries are the lock's unless [WithRetryPolicy]
-// says otherwise.
+// NewLogWriter returns a writer of the log of this name, a key that only the holder of lock may write.
+// The writer's parent is the lock. ctx bounds only this call, which reads where the log ends. The
+// writer retries and logs as the lock does, unless opts say otherwise.
 //
-// Errors: ErrInvalidName; a nil lock is refused; a lock that is lost or closed gives its cause; what etcd answered.
+// A log is one key, and its history goes when etcd is compacted: it is no archive. Use [Lock.Commit]
+// with keys of their own for what must be kept.
+//
+// Errors:
+//   - [ErrInvalidName] if name is not allowed.
+//   - [ErrLockLost] or [ErrClosed] if the lock is not held. A nil lock is refused.
+//   - ctx's end, or what etcd answered.
 func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...LogOption) (*LogWriter[T], error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
 	}
 	if lock == nil {
-		return nil, errors.New("etcdutil: lock is nil")
+		return nil, errorf("lock is nil")
 	}
 	c := logConfig{watchConfig: watchConfig{config: lock.config, codec: JSON}}
 	for _, o := range opts {
@@ -114,19 +118,19 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 	case err != nil:
 		return nil, err
 	case c.every != nil:
-		return nil, errors.New("etcdutil: WithEveryEntry is for readers")
-	case name == lock.key:
-		return nil, fmt.Errorf("etcdutil: name is the lock's own key %q", name)
+		return nil, errorf("WithEveryEntry is for readers")
+	case name == lock.Key():
+		return nil, errorf("name is the lock's own key %q", name)
 	}
-	w := &LogWriter[T]{config: c.config, codec: c.codec, lock: lock, name: name, writing: make(chan struct{}, 1)}
-	// What an earlier writer under this lock has left open must not be applied after that.
-	_, err := lock.exclusively(ctx, w.config.retry, func(ctx context.Context) (Revision, error) {
+	w := &LogWriter[T]{config: c.config, codec: c.codec, lock: lock, name: name, turn: make(chan struct{}, 1)}
+	// An earlier writer under this lock may have left a write pending, which do rules out.
+	err := lock.fence.do(ctx, w.config.retry, func(ctx context.Context) error {
 		entry, err := w.read(ctx)
 		w.last = positionOf(entry)
-		return w.last.revision, lock.definite(err)
+		return lock.fence.lostOr(err)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: write log %q: %w", name, withContextError(ctx, err))
+		return nil, errorf("write log %q: %w", name, withContextError(ctx, err))
 	}
 	w.init(lock)
 	return w, nil
@@ -143,136 +147,174 @@ func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
 	return first(resp.Kvs), nil
 }
 
-// Write appends v, exactly once, and returns its version. It is a [Lock.Commit] that also compares the log, and works as long
-// as that does: after the end of the lock's parent too, but not after Close.
+// Write appends v, exactly once, and returns its version. It is a [Lock.Commit] that also compares the
+// log, and works as long as that does: also after the end of the lock's parent, but not after Close.
 //
-// ErrLockLost says that nothing was written, and so do ErrClosed and ErrLogConflict: somebody wrote the log who is not this
-// writer, and the lock may still be held. A writer stays so; NewLogWriter goes on from what is there. A log that was
-// deleted is no conflict, it starts again at version 1; nor is the very entry, byte for byte, that was to be written.
-// ErrUnknownOutcome says that v may have been written: the next Write finds out first. Any other error is the reason why
-// nothing was written: that v cannot be encoded, or is too large for etcd (1.5 MB unless configured).
+// A log that was deleted is no conflict: it starts again at version 1. An entry of the same bytes,
+// which somebody else has written in place of this one, is taken for it.
+//
+// Errors:
+//   - [ErrLockLost] or [ErrClosed] if the lock or the writer has ended. Nothing was written.
+//   - [ErrLogConflict] if the log was written by somebody else. Nothing was written, and the lock may
+//     still be held. Every later Write returns it too: another NewLogWriter goes on from what is there.
+//   - [ErrUnknownOutcome] if v may have been written. The next Write finds that out first.
+//   - Any other error says why nothing was written: v cannot be encoded, or is too large for etcd (1.5 MB
+//     unless configured).
 func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
 	}
-	data, err := w.codec.Marshal(v)
+	data, err := encode(w.codec, v)
 	if err != nil {
-		return 0, fmt.Errorf("etcdutil: write log %q: v cannot be encoded: %w", w.name, err)
+		return 0, errorf("write log %q: v cannot be encoded: %w", w.name, err)
 	}
 	select {
-	case w.writing <- struct{}{}:
-		defer func() { <-w.writing }()
+	case w.turn <- struct{}{}:
+		defer func() { <-w.turn }()
 	case <-ctx.Done():
-		return 0, fmt.Errorf("etcdutil: write log %q: %w", w.name, contextError(ctx))
+		return 0, errorf("write log %q: %w", w.name, contextError(ctx))
 	}
-	if err := w.write(ctx, data); err != nil {
-		return 0, fmt.Errorf("etcdutil: write log %q (%d bytes): %w", w.name, len(data), withContextError(ctx, err))
+	if err := w.write(ctx, string(data)); err != nil {
+		return 0, errorf("write log %q (%d bytes): %w", w.name, len(data), withContextError(ctx, err))
 	}
 	return w.last.version, nil
 }
 
-func (w *LogWriter[T]) write(ctx context.Context, data []byte) error {
+// encode encodes v. A codec that panics returns an error, too.
+func encode(codec Codec, v any) (data []byte, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("the codec panicked: %v", r)
+		}
+	}()
+	return codec.Marshal(v)
+}
+
+func (w *LogWriter[T]) write(ctx context.Context, data string) error {
 	if closed := context.Cause(w.stopCtx); closed != nil {
 		return closed
 	}
-	_, err := w.lock.exclusively(ctx, w.config.retry, func(ctx context.Context) (Revision, error) {
-		err := w.settle(ctx)
-		if err == nil {
-			err = w.append(ctx, data)
+	return w.lock.fence.do(ctx, w.config.retry, func(ctx context.Context) error {
+		if err := w.resolvePending(ctx); err != nil {
+			return err
 		}
-		return w.last.revision, err
+		return w.append(ctx, data)
 	})
-	return err
 }
 
-// settle finds out what became of a write of unknown outcome, which can no longer be applied late.
-func (w *LogWriter[T]) settle(ctx context.Context) error {
-	if !w.isOpen {
+// resolvePending finds out what became of a write of unknown outcome. It can no longer be applied late.
+func (w *LogWriter[T]) resolvePending(ctx context.Context) error {
+	if w.pending == nil {
 		return w.conflict
 	}
 	entry, err := w.read(ctx)
 	if err != nil {
-		return w.lock.definite(err)
+		return w.lock.fence.lostOr(err)
 	}
-	if entry != nil && positionOf(entry) != w.last && !w.isNext(entry, w.open) {
+	if entry != nil && positionOf(entry) != w.last && !w.last.precedes(entry, *w.pending) {
 		w.conflict = conflictAt(entry)
 	}
-	w.last, w.open, w.isOpen = positionOf(entry), nil, false
+	w.last, w.pending = positionOf(entry), nil
 	return w.conflict
 }
 
-// isNext tells whether an entry, nil if there is none, is the next one, and of this value.
-func (w *LogWriter[T]) isNext(entry *mvccpb.KeyValue, data []byte) bool {
-	return entry != nil && entry.Version == w.last.version+1 && bytes.Equal(entry.Value, data)
+// precedes reports whether an entry, nil if there is none, is the next one, and of this value.
+func (p position) precedes(entry *mvccpb.KeyValue, data string) bool {
+	return entry != nil && entry.Version == p.version+1 && string(entry.Value) == data
 }
 
 func conflictAt(entry *mvccpb.KeyValue) error {
-	return fmt.Errorf("%w: it is at version %d, revision %d", ErrLogConflict, entry.Version, entry.ModRevision)
+	return errorf("%w: it is at version %d, revision %d", ErrLogConflict, entry.Version, entry.ModRevision)
 }
 
-// errAgain says that nothing was written, and that it is worth another try.
-var errAgain = errors.New("etcdutil: again")
-
-// append writes the next entry, if the lock is held and the log ends where it is known to. It is done like a Commit, but after
-// a lost answer it is the log that tells whether it was applied: one put is enough.
-func (w *LogWriter[T]) append(ctx context.Context, data []byte) error {
+// append writes the next entry, if the lock is held and the log ends where it did. It is done like a
+// Commit, but after a lost answer it is the log that shows the outcome: one put is enough.
+func (w *LogWriter[T]) append(ctx context.Context, data string) error {
 	for {
-		guards := []clientv3.Cmp{w.lock.isCurrent(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)}
-		resp, d, err := w.lock.transact(ctx, w.config.retry, guards, []clientv3.Op{clientv3.OpPut(w.name, string(data))})
+		resp, r, err := w.lock.fence.txn(ctx, w.config.retry, txnRequest{
+			guards: []clientv3.Cmp{w.lock.fence.unchanged(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)},
+			then:   []clientv3.Op{clientv3.OpPut(w.name, data)},
+		})
 		switch {
-		case err != nil && !d.applied:
-			_ = w.unknown(data, err) // clientv3 may have sent it twice by itself: the next write finds out
-			return w.lock.definite(err)
+		case err != nil && !r.mayBeApplied:
+			return w.lock.fence.lostOr(err)
 		case err == nil && resp.Succeeded:
 			rev := resp.Header.Revision
 			w.last = position{w.last.version + 1, rev, cmp.Or(w.last.created, rev)}
 			return nil
 		}
-		if err := w.readBack(ctx, data, err, d); err != errAgain {
+		if again, err := w.settle(ctx, r, data, err); !again {
 			return err
 		}
 	}
 }
 
-// readBack tells whether a transaction was applied that was refused by its guards, or else failed with err.
-func (w *LogWriter[T]) readBack(ctx context.Context, data []byte, err error, d doubt) error {
-	entry, key, readErr := w.readSettled(ctx, d)
-	if readErr != nil { // a refusal may be that of clientv3's own repetition
-		return w.unknown(data, cmp.Or(err, readErr))
+// settle finds out what became of a transaction that was refused, or else failed with failure. It
+// reports whether to try it again.
+func (w *LogWriter[T]) settle(ctx context.Context, r txnResult, data string, failure error) (again bool, err error) {
+	entry, key, err := w.readForResolve(ctx, r)
+	if err != nil {
+		return false, w.unknownOutcome(data, cmp.Or(failure, err))
 	}
-	now := positionOf(entry)
-	switch {
-	case w.isNext(entry, data) && key == nil: // the next holder may have written the same
-		_ = w.lock.keyGone()
-		return w.unknown(data, "the lock's key is gone")
-	case w.isNext(entry, data): // clientv3 may have repeated it by itself, and been refused
-		w.last = now
-		return nil
-	case d.applied && now != w.last && (now.version != w.last.version+1 || now.created != w.last.created):
-		return w.unknown(data, "the log was deleted, or went on, meanwhile")
-	case key == nil:
-		return w.lock.keyGone()
-	case now == w.last && err != nil:
-		return err
-	case now != w.last && entry != nil:
+	switch w.last.resolve(r, data, failure, entry, key != nil) {
+	case verdictApplied:
+		w.last = positionOf(entry)
+		return false, nil
+	case verdictNotApplied:
+		return false, failure
+	case verdictLost:
+		return false, w.lock.keyDeleted()
+	case verdictGone:
+		_ = w.lock.keyDeleted()
+		return false, w.unknownOutcome(data, "the lock's key is gone")
+	case verdictConflict:
 		w.conflict = conflictAt(entry)
-		return w.conflict
+		return false, w.conflict
+	case verdictRetry:
+		w.last = positionOf(entry)
+		w.lock.fence.adopt(key)
+		return true, nil
 	}
-	// The log was deleted, or somebody else wrote the lock's key, though only the lock should.
-	w.last, w.lock.version, w.lock.revision = now, key.Version, key.ModRevision
-	return errAgain
+	return false, w.unknownOutcome(data, "the log was deleted, or went on, meanwhile")
 }
 
-// readSettled reads what the guards compare, when no attempt can be applied any more: the log first, so that a lock that is
-// still held then was held when the log was read.
-func (w *LogWriter[T]) readSettled(ctx context.Context, d doubt) (entry, key *mvccpb.KeyValue, err error) {
-	if d.straggler {
-		if _, err := w.lock.bump(ctx, w.config.retry, nil); err != nil && !errors.Is(err, ErrLockLost) {
+// Verdicts on the transactions of a log.
+const (
+	verdictConflict verdict = iota + 100 // not applied, because somebody else has written the log
+	verdictRetry                         // not applied, because the log or the lock's key is another
+)
+
+// resolve decides what became of a transaction after which the log ends with entry, nil if it is
+// empty, and the lock's key is there or not. No sending of it can be applied any more.
+func (p position) resolve(r txnResult, data string, failure error, entry *mvccpb.KeyValue, held bool) verdict {
+	now := positionOf(entry)
+	switch {
+	case p.precedes(entry, data) && !held:
+		return verdictGone // the next holder may have written the same
+	case p.precedes(entry, data):
+		return verdictApplied
+	case r.mayBeApplied && now != p && (now.version != p.version+1 || now.created != p.created):
+		return verdictUnknown
+	case !held:
+		return verdictLost
+	case now == p && failure != nil:
+		return verdictNotApplied
+	case now != p && entry != nil:
+		return verdictConflict
+	}
+	return verdictRetry
+}
+
+// readForResolve reads what the guards compare, when no sending can be applied any more. It reads the
+// log first: a lock that is still held then was held when the log was read.
+func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, key *mvccpb.KeyValue, err error) {
+	if r.mayStillApply {
+		if _, err := w.lock.fence.commit(ctx, w.config.retry, nil, nil); err != nil && !errors.Is(err, ErrLockLost) {
 			return nil, nil, err
 		}
 	}
 	if entry, err = w.read(ctx); err == nil {
-		key, err = w.lock.read(ctx, w.config.retry)
+		key, err = w.lock.fence.read(ctx, w.config.retry)
 	}
 	return entry, key, err
 }
@@ -284,16 +326,16 @@ func first(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
 	return kvs[0]
 }
 
-func (w *LogWriter[T]) unknown(data []byte, why any) error {
-	w.open, w.isOpen = bytes.Clone(data), true // data may be the caller's own
-	return w.lock.unknown(why)
+func (w *LogWriter[T]) unknownOutcome(data string, why any) error {
+	w.pending = &data
+	return w.lock.fence.unknownOutcome(why)
 }
 
-// Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on. It returns nil, or
-// ErrLockLost if the lock was lost before; so do further calls.
+// Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on. It
+// returns nil, or ErrLockLost if the lock was lost before; so do further calls.
 func (w *LogWriter[T]) Close() error {
 	w.closing.Do(func() {
-		if lost := w.lock.lost(); errors.Is(lost, ErrLockLost) {
+		if lost := w.lock.stopCause(); errors.Is(lost, ErrLockLost) {
 			w.lost = lost
 		}
 		w.shutdown(ErrClosed)

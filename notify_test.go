@@ -124,8 +124,8 @@ func TestNotifyClosedWithoutAValueIsOver(t *testing.T) {
 }
 
 func TestNotifyCloseIsIdempotentFromAnyGoroutine(t *testing.T) {
-	n := NewNotify[int](context.WithValue(context.Background(), lockKey{}, "inherited"))
-	require.Equal(t, "inherited", n.Value(lockKey{}))
+	n := NewNotify[int](context.WithValue(context.Background(), scopeKey{}, "inherited"))
+	require.Equal(t, "inherited", n.Value(scopeKey{}))
 	child, cancel := context.WithCancel(n)
 	defer cancel()
 	require.NoError(t, n.Err())

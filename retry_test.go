@@ -357,7 +357,7 @@ func TestRetryRequiresALeaderOfEveryRequest(t *testing.T) {
 		if len(md.Get(rpctypes.MetadataRequireLeaderKey)) == 0 {
 			t.Errorf("%s does not require a leader", method)
 		}
-		if ctx.Value(lockKey{}) != nil && len(md.Get("request-id")) == 0 {
+		if ctx.Value(scopeKey{}) != nil && len(md.Get("request-id")) == 0 {
 			t.Errorf("%s lacks its caller's metadata", method)
 		}
 		return invoker(ctx, method, req, reply, cc, opts...)

@@ -14,7 +14,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # The breakages: what is changed, in which file, and which violation is to be seen.
-names=(late-expiry unfenced-commit release-on-parent-end no-create-revision resume-at-last)
+names=(late-expiry unfenced-commit release-on-parent-end unguarded-try no-create-revision resume-at-last)
 
 plant() { # NAME: breaks the library in the current directory, and sets $expected
 	case $1 in
@@ -24,21 +24,26 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	unfenced-commit) # compares nothing
 		expected='lock-set: .* are lost|register: '
-		replace lock_commit.go 'l.transact(ctx, policy, []clientv3.Cmp{l.isCurrent()}, then)' 'l.transact(ctx, policy, nil, then)'
-		replace lock_commit.go 'clientv3.OpPut(l.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(l.key))'
+		replace lock_commit.go 'guards: append([]clientv3.Cmp{f.unchanged()}, conditions...),' 'guards: conditions,'
+		replace lock_commit.go 'clientv3.OpPut(f.queue.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease()))' 'clientv3.OpGet(f.queue.key))'
 		;;
 	release-on-parent-end) # while the work still winds down
 		expected='exclusion: .* two held it'
-		replace lock.go 'l.config.reporter.lockAcquired(' \
-			'context.AfterFunc(ctx, func() { _ = l.Close() }); l.config.reporter.lockAcquired('
+		replace lock.go 'l.markHeld(time.Since(start))' \
+			'context.AfterFunc(ctx, func() { _ = l.Close() }); l.markHeld(time.Since(start))'
 		;;
 	resume-at-last) # and not after it
 		expected='watch: .* it came twice'
 		replace watch_reflector.go 'f.next, f.seen = upTo+1, ' 'f.next, f.seen = upTo, '
 		;;
+	unguarded-try) # writes although somebody has acquired it since the look
+		expected='exclusion: .* two held it'
+		replace lock_queue.go 'clientv3.Compare(clientv3.CreateRevision(prefix(c.name)), "<", seen+1).WithPrefix()' \
+			'clientv3.Compare(clientv3.CreateRevision(c.key), "=", 0)'
+		;;
 	no-create-revision) # takes a key that is used again for the one that it waits for
 		expected='liveness: .* exclusion/reused'
-		replace lock_queue.go 'now[0].CreateRevision == older.CreateRevision && ' ''
+		replace lock_queue.go 'clientv3.Compare(clientv3.CreateRevision(key), "=", kv.CreateRevision),' ''
 		;;
 	*) fail "$1: no such breakage" ;;
 	esac
