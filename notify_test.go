@@ -164,10 +164,10 @@ func TestNotifyEndsWithItsParentAndGivesTheLastValueOnce(t *testing.T) {
 		end    error
 		cause  error
 	}{
-		"cancelled": {func() (context.Context, context.CancelFunc) {
+		"canceled": {func() (context.Context, context.CancelFunc) {
 			return context.WithCancel(context.Background())
 		}, context.Canceled, context.Canceled},
-		"cancelled with a cause": {func() (context.Context, context.CancelFunc) {
+		"canceled with a cause": {func() (context.Context, context.CancelFunc) {
 			ctx, cancel := context.WithCancelCause(context.Background())
 			return ctx, func() { cancel(reason) }
 		}, context.Canceled, reason},
@@ -235,7 +235,7 @@ func TestNotifyRecvReturnsWhenItsContextEnds(t *testing.T) {
 		require.ErrorIs(t, err, reason)
 		require.Equal(t, time.Second, time.Since(before))
 
-		require.NoError(t, n.Err(), "it bounds that call alone")
+		require.NoError(t, n.Err(), "ctx bounds only that call")
 		require.NoError(t, n.Send(1))
 		mustRecv(t, r, 1)
 	})
@@ -320,7 +320,7 @@ func TestNotifyLosesNoWakeUp(t *testing.T) {
 	within(t, 30*time.Second, lockstep.done, "a receiver was not woken")
 	require.NoError(t, lockstep.err)
 	for _, r := range readersDone {
-		within(t, 15*time.Second, r.done, "a receiver was not told the end")
+		within(t, 15*time.Second, r.done, "a receiver does not return at the end")
 		require.ErrorIs(t, r.err, ErrClosed)
 		require.Equal(t, rounds, r.v)
 	}
