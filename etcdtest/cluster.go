@@ -11,7 +11,8 @@
 //		cluster.Isolate(cluster.Leader())
 //	}
 //
-// [New] does the same without a test, and [NewWith] with settings of etcd's own:
+// [New] does the same without a test, and [NewWith] with settings of etcd's own. [NewSecure]
+// makes clusters with TLS and users. A cluster can fail:
 //   - [Cluster.Stop] crashes a member, and [Cluster.Restart] starts it again.
 //   - [Cluster.Isolate] cuts a member from its peers, but not from clients. [Cluster.Rejoin]
 //     undoes it.
@@ -33,7 +34,8 @@
 //	link.Heal()
 //
 // A client to several members needs a link for each. Do not call Sync or set AutoSyncInterval on
-// it: the client would learn the members' own endpoints, and bypass the links.
+// it: the client would learn the members' own endpoints, and bypass the links. [StartProxy] puts etcd's own gRPC proxy
+// in front of a cluster.
 //
 // # What it cannot do
 //
@@ -53,7 +55,6 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
-	"go.uber.org/zap"
 )
 
 const (
@@ -71,8 +72,10 @@ const (
 // Isolate, Rejoin, Backup, Restore and Close take turns, the others do not wait for them. Members are numbered from 0,
 // in the order of [Cluster.Endpoints].
 type Cluster struct {
-	dir   string
-	nodes []*node
+	dir       string
+	nodes     []*node
+	users     []User     // with passwords; empty without authentication
+	authority *authority // nil without TLS
 
 	turn   sync.Mutex // held by the methods that change members
 	closed bool       // guarded by turn
@@ -90,27 +93,22 @@ func New(members int) (*Cluster, error) {
 // start of it, also by Restart, Backup and Restore; for one member of the cluster at a time, and with a new
 // configuration each time. That is etcd's default, but without fsync and logs. What makes it a member of this cluster
 // is set afterwards, over whatever configure set: the name, the directories, the initial cluster, the addresses for
-// clients and peers, and ServiceRegister. The addresses are without TLS, and configure must not ask for another initial
+// clients and peers, and ServiceRegister. The addresses are without TLS, for which there is [NewSecure], and configure must not ask for another initial
 // state of the cluster. It may change ticks and elections; the times in this package's documentation are then others.
 func NewWith(members int, configure func(*embed.Config)) (*Cluster, error) {
-	if members < 1 {
-		return nil, fmt.Errorf("etcdtest: members is %d, not 1 or more", members)
-	}
-	for attempt := 1; ; attempt++ {
-		c, err := start(members, configure)
-		if err == nil {
-			return c, nil
-		}
-		if attempt == startAttempts || !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, fmt.Errorf("etcdtest: %w", err)
-		}
-	}
+	return newCluster(members, Security{Configure: configure})
 }
 
 // Start is [New] for a test: it fails tb on an error, and closes the cluster when tb ends.
 func Start(tb testing.TB, members int) *Cluster {
 	tb.Helper()
 	c, err := New(members)
+	return c.closedAfter(tb, err)
+}
+
+// closedAfter returns c, to be closed when tb ends, or fails tb if err is not nil.
+func (c *Cluster) closedAfter(tb testing.TB, err error) *Cluster {
+	tb.Helper()
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -122,21 +120,39 @@ func Start(tb testing.TB, members int) *Cluster {
 	return c
 }
 
+func newCluster(members int, security Security) (*Cluster, error) {
+	if members < 1 {
+		return nil, fmt.Errorf("etcdtest: members is %d, not 1 or more", members)
+	}
+	for attempt := 1; ; attempt++ {
+		c, err := start(members, security)
+		if err == nil {
+			return c, nil
+		}
+		if attempt == startAttempts || !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("etcdtest: %w", err)
+		}
+	}
+}
+
 // start makes one attempt at a cluster, and leaves nothing behind when that fails.
-func start(members int, configure func(*embed.Config)) (*Cluster, error) {
+func start(members int, security Security) (*Cluster, error) {
 	dir, err := os.MkdirTemp("", "etcdtest-")
 	if err != nil {
 		return nil, err
 	}
 	c := &Cluster{dir: dir}
-	if err := c.startNodes(members, configure); err != nil {
+	if err := c.startNodes(members, security); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
 }
 
-func (c *Cluster) startNodes(members int, configure func(*embed.Config)) error {
-	nodes, err := newNodes(members, c.dir, configure)
+func (c *Cluster) startNodes(members int, security Security) error {
+	if err := c.prepare(security); err != nil {
+		return err
+	}
+	nodes, err := newNodes(members, c.dir, c.configure(security))
 	c.nodes = nodes // for Close
 	if err != nil {
 		return err
@@ -147,7 +163,10 @@ func (c *Cluster) startNodes(members int, configure func(*embed.Config)) error {
 		}
 	}
 	c.elect(nodes[0])
-	return c.waitServing()
+	if err := c.waitServing(); err != nil {
+		return err
+	}
+	return c.addUsers()
 }
 
 // Endpoints returns the members' client endpoints, each "127.0.0.1:port". They stay the same for the cluster's life.
@@ -159,15 +178,15 @@ func (c *Cluster) Endpoints() []string {
 	return endpoints
 }
 
-// Client returns a new client to all members, closed when tb ends. It logs nothing; its DialTimeout is 5 s. It fails tb
-// when clientv3 cannot make one.
+// Client returns a new client to all members, closed when tb ends: root's, if the cluster has users. It
+// logs nothing; its DialTimeout is 5 s. It fails tb when clientv3 cannot make one.
 func (c *Cluster) Client(tb testing.TB) *clientv3.Client {
 	tb.Helper()
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints:   c.Endpoints(),
-		DialTimeout: 5 * time.Second,
-		Logger:      zap.NewNop(),
-	})
+	config, err := c.ClientConfig(root)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	client, err := clientv3.New(config)
 	if err != nil {
 		tb.Fatal(err)
 	}

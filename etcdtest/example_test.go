@@ -152,3 +152,57 @@ func ExampleNewLink() {
 	// at first: <nil>
 	// cut, then healed: <nil>
 }
+
+func ExampleNewSecure() {
+	cluster, err := etcdtest.NewSecure(1, etcdtest.Security{
+		TLS: true,
+		Users: []etcdtest.User{{
+			Name:        "worker",
+			Password:    "secret",
+			Permissions: []etcdtest.Permission{{Type: clientv3.PermReadWrite, Key: "jobs/", Prefix: true}},
+		}},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	config, err := cluster.ClientConfig("worker")
+	if err != nil {
+		log.Fatal(err)
+	}
+	client, err := clientv3.New(config)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	_, err = client.Put(context.Background(), "jobs/1", "print")
+	fmt.Println("jobs/1:", err)
+	_, err = client.Put(context.Background(), "users/1", "alice")
+	fmt.Println("users/1:", err)
+	// Output:
+	// jobs/1: <nil>
+	// users/1: etcdserver: permission denied
+}
+
+func ExampleNewProxy() {
+	cluster, err := etcdtest.New(3)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	proxy, err := etcdtest.NewProxy(cluster, "root")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer proxy.Close()
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{proxy.Endpoint()}, Logger: zap.NewNop()})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	_, err = client.Put(context.Background(), "greeting", "hello")
+	fmt.Println(err)
+	// Output: <nil>
+}

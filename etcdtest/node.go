@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/raft/v3"
@@ -33,14 +34,14 @@ const (
 
 // node is one member of a cluster.
 type node struct {
-	name           string
-	dir            string
-	initialCluster string
-	configure      func(*embed.Config) // may be nil
-	ports          *reservation
-	clientAddress  string
-	peerAddress    string // where etcd listens to its peers
-	linkAddress    string // where its peers find it; the same as peerAddress if there are none
+	name          string
+	dir           string
+	all           []*node // itself among them
+	configure     func(*embed.Config)
+	ports         *reservation
+	clientAddress string
+	peerAddress   string // where etcd listens to its peers
+	linkAddress   string // where its peers find it; the same as peerAddress if there are none
 
 	mu       sync.Mutex // held for short
 	run      *run       // nil while stopped
@@ -58,7 +59,6 @@ type run struct {
 // of those that it returns, also with an error.
 func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, error) {
 	var nodes []*node
-	var initial []string
 	for i := range count {
 		ports, err := reserve()
 		if err != nil {
@@ -76,11 +76,10 @@ func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, er
 			n.linkAddress = n.peerAddress
 		}
 		n.dir = filepath.Join(dir, n.name)
-		initial = append(initial, n.name+"=http://"+n.linkAddress)
 		nodes = append(nodes, n)
 	}
 	for _, n := range nodes {
-		n.initialCluster = strings.Join(initial, ",")
+		n.all = nodes
 	}
 	return nodes, nil
 }
@@ -230,17 +229,16 @@ func (n *node) config(r *run) *embed.Config {
 	config.UnsafeNoFsync = true
 	config.InitialElectionTickAdvance = false // see awaitApplied
 	config.ZapLoggerBuilder = embed.NewZapLoggerBuilder(lastWords())
-	if n.configure != nil {
-		n.configure(config)
-	}
+	n.configure(config)
+	client, peer := schemeOf(config.ClientTLSInfo), schemeOf(config.PeerTLSInfo)
 	config.Name = n.name
 	config.Dir = n.dir
 	config.WalDir = "" // in Dir
-	config.InitialCluster = n.initialCluster
-	config.ListenClientUrls = urls(n.clientAddress)
-	config.AdvertiseClientUrls = urls(n.clientAddress)
-	config.ListenPeerUrls = urls(n.peerAddress)
-	config.AdvertisePeerUrls = urls(n.linkAddress)
+	config.InitialCluster = n.initialCluster(peer)
+	config.ListenClientUrls = urls(client, n.clientAddress)
+	config.AdvertiseClientUrls = urls(client, n.clientAddress)
+	config.ListenPeerUrls = urls(peer, n.peerAddress)
+	config.AdvertisePeerUrls = urls(peer, n.linkAddress)
 	config.ServiceRegister = r.server.Store
 	return config
 }
@@ -251,8 +249,23 @@ func lastWords() *zap.Logger {
 	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(os.Stderr), zap.PanicLevel))
 }
 
-func urls(address string) []url.URL {
-	return []url.URL{{Scheme: "http", Host: address}}
+func (n *node) initialCluster(scheme string) string {
+	var members []string
+	for _, m := range n.all {
+		members = append(members, m.name+"="+scheme+"://"+m.linkAddress)
+	}
+	return strings.Join(members, ",")
+}
+
+func schemeOf(info transport.TLSInfo) string {
+	if info.Empty() {
+		return "http"
+	}
+	return "https"
+}
+
+func urls(scheme, address string) []url.URL {
+	return []url.URL{{Scheme: scheme, Host: address}}
 }
 
 // cut takes r off the network of its peers. The link is a black hole for connections that the peers have dialled;
