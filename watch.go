@@ -40,6 +40,14 @@ const (
 	EventInvalid
 )
 
+// A Mirror gets these as well.
+const (
+	// eventListing says that a list begins: all keys, then EventSynced. One that was not finished is void.
+	eventListing EventType = -1 - iota
+	// eventProgress says that no more changes up to Event.Revision will come.
+	eventProgress
+)
+
 func (t EventType) String() string {
 	switch t {
 	case EventPut:
@@ -91,6 +99,9 @@ type watchConfig struct {
 	prev     bool
 	snapshot bool
 	from     Revision // 0: from now on
+
+	relists bool // every list is sent whole, after eventListing, so that the feed keeps nothing of what it has sent
+	reports bool // eventProgress is sent
 }
 
 type watchOption func(*watchConfig)
@@ -209,6 +220,9 @@ func (w *Watcher[T]) Revision() Revision {
 	}
 }
 
+// askProgress asks etcd now how far the watch has come. It never blocks, and the answer may fail to come.
+func (w *Watcher[T]) askProgress() { w.feed.askProgress() }
+
 // Close ends the watcher with ErrClosed. It returns nil, or the cause if the watcher had ended before by itself; so do
 // further calls.
 func (w *Watcher[T]) Close() error {
@@ -236,6 +250,9 @@ func (w *Watcher[T]) deliver(rev Revision) {
 			if c.end != nil {
 				w.shutdown(c.end)
 				return
+			}
+			if c.kind == 0 && w.feed.reports {
+				c.kind = eventProgress
 			}
 			if c.kind != 0 && !w.hand(w.event(c), rev) {
 				return
@@ -268,7 +285,7 @@ func (w *Watcher[T]) hand(e Event[T], rev Revision) bool {
 
 func (w *Watcher[T]) event(c change) Event[T] {
 	e := Event[T]{Type: c.kind, Revision: c.upTo}
-	if c.kind == EventSynced {
+	if c.kv == nil {
 		return e
 	}
 	e.Key, e.Version, e.Revision = string(c.kv.Key), c.kv.Version, c.kv.ModRevision

@@ -92,7 +92,7 @@ func FuzzResync(f *testing.F) {
 	f.Fuzz(func(t *testing.T, seed uint64, steps []byte) {
 		for _, values := range []bool{false, true} {
 			h := &history{
-				t: t, random: rand.New(rand.NewPCG(seed, 1)), view: newView(values), values: values,
+				t: t, random: rand.New(rand.NewPCG(seed, 1)), view: newView(values, true), values: values,
 				revision: 1, kvs: map[string]*mvccpb.KeyValue{}, reader: map[string]known{},
 			}
 			h.list()

@@ -41,13 +41,14 @@ type feed struct {
 
 	patience time.Duration // with a watch that is silent
 	standing chan error    // how it began, once
+	ask      atomic.Pointer[time.Timer]
 }
 
 func newFeed(ctx context.Context, key string, c *watchConfig) *feed {
 	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue(), patience: silence, standing: make(chan error, 1)}
 	f.retry.Elapsed, f.retry.Attempts = -1, 0
 	if c.snapshot {
-		f.view, f.listing = newView(c.prev), true
+		f.view, f.listing = newView(c.prev, !c.relists), true
 	}
 	return f
 }
@@ -422,7 +423,14 @@ func (f *feed) progress(ctx context.Context, watcher clientv3.Watcher) *time.Tim
 		}
 	})
 	ask.Reset(quiet + rand.N(quiet))
+	f.ask.Store(ask)
 	return ask
+}
+
+func (f *feed) askProgress() {
+	if ask := f.ask.Load(); ask != nil {
+		ask.Reset(0) // it does nothing after the watch's end
+	}
 }
 
 // receive queues what a watch has sent. The changes of one revision come together.
@@ -523,7 +531,7 @@ const maxRelists = 3
 // If strict, it ends with errBroken if the connection broke between the first page and the last: etcd may have been restored, and
 // been written past the list's revision, so that the pages are of two histories.
 func (f *feed) listOnce(strict bool) error {
-	f.view.begin()
+	f.queue.push(f.view.begin()...)
 	f.last = nil
 	unbroken, cancel := context.WithCancelCause(f.ctx)
 	defer cancel(nil)

@@ -10,6 +10,7 @@ import (
 type view struct {
 	keys   map[string]told
 	values bool // are kept
+	keeps  bool // what was told; else the reader finds out what a list changes
 	pass   uint32
 	seed   maphash.Seed
 }
@@ -22,12 +23,15 @@ type told struct {
 	pass uint32           // the last list that had it
 }
 
-func newView(values bool) *view {
-	return &view{keys: make(map[string]told), values: values, seed: maphash.MakeSeed()}
+func newView(values, keeps bool) *view {
+	return &view{keys: make(map[string]told), values: values, keeps: keeps, seed: maphash.MakeSeed()}
 }
 
 // change tells a change that etcd has sent.
 func (v *view) change(kind EventType, kv *mvccpb.KeyValue) change {
+	if !v.keeps {
+		return change{kind: kind, kv: kv}
+	}
 	key := string(kv.Key)
 	c := change{kind: kind, kv: kv, prev: v.keys[key].kv}
 	if kind == EventDelete {
@@ -47,12 +51,22 @@ func (v *view) tell(kv *mvccpb.KeyValue) told {
 }
 
 // begin begins a list: pages of what there is, in the order of keys, then gone.
-func (v *view) begin() { v.pass++ }
+func (v *view) begin() []change {
+	v.pass++
+	if v.keeps {
+		return nil
+	}
+	return []change{{kind: eventListing}}
+}
 
 // page tells what is new in a page.
 func (v *view) page(kvs []*mvccpb.KeyValue) []change {
 	var changes []change
 	for _, kv := range kvs {
+		if !v.keeps {
+			changes = append(changes, change{kind: EventPut, kv: kv})
+			continue
+		}
 		key, now := string(kv.Key), v.tell(kv)
 		before, known := v.keys[key]
 		if !known || before.rev != now.rev || before.hash != now.hash {
