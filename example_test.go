@@ -16,7 +16,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// exampleClient is one client for all examples, to an etcd in this process.
+// exampleClient returns the client of all examples. Its etcd runs in this process.
 var exampleClient = sync.OnceValue(func() *clientv3.Client {
 	cluster, err := etcdtest.New(1)
 	if err != nil {
@@ -41,7 +41,7 @@ func ExampleNewLease() {
 		fmt.Println(err)
 		return
 	}
-	// The key is there as long as this process is.
+	// The key exists for as long as this process keeps the lease.
 	_, err = client.Put(lease, "members/a", "10.0.0.1:8080", clientv3.WithLease(lease.ID()))
 	fmt.Println("registered:", err == nil, lease.TTL())
 
@@ -54,7 +54,7 @@ func ExampleNewLease() {
 	// keys left: 0 <nil>
 }
 
-// The context ends before the server can give the lease's keys away.
+// The context ends before the server can delete the lease's keys.
 func ExampleLease_Expiry() {
 	client := exampleClient()
 
@@ -70,7 +70,7 @@ func ExampleLease_Expiry() {
 	// Output: a second of margin: true
 }
 
-// Alive asks the server, where the context knows only what the server has said.
+// Alive asks the server. The context reports only what the client has noticed.
 func ExampleLease_Alive() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -82,7 +82,7 @@ func ExampleLease_Alive() {
 	defer lease.Close()
 	fmt.Println(lease.Alive(ctx))
 
-	_, err = client.Revoke(ctx, lease.ID()) // somebody else's doing
+	_, err = client.Revoke(ctx, lease.ID()) // by an operator
 	fmt.Println(err)
 	fmt.Println(lease.Alive(ctx))
 	// Output:
@@ -99,7 +99,7 @@ func ExampleWithKeepAliveInterval() {
 	// Output: etcdutil: WithKeepAliveInterval must be positive and less than the TTL of 10s: 1m0s
 }
 
-// A lease that is not renewed runs out by itself.
+// A lease that is not renewed expires.
 func ExampleWithMaxKeepAlives() {
 	client := exampleClient()
 
@@ -118,7 +118,7 @@ func ExampleWithMaxKeepAlives() {
 	// etcdutil: lease expired
 }
 
-// The margin is the time that work has to stop in.
+// Work must stop within the margin.
 func ExampleWithExpiryMargin() {
 	client := exampleClient()
 
@@ -144,7 +144,7 @@ func ExampleAcquire() {
 	}
 	defer lock.Close()
 
-	// The lock is a context: what runs under it is called off when the lock is lost.
+	// The lock is a context: work under it is canceled when the lock is lost.
 	_, err = client.Put(lock, "jobs/state", "running")
 	fmt.Println(lock.Name(), err)
 	// Output: jobs/nightly <nil>
@@ -176,7 +176,7 @@ func ExampleDo() {
 	// Output: <nil>
 }
 
-// Code that is called under a lock need not be handed it to fence its writes.
+// Code that runs under a lock finds it in its context, and can fence its writes.
 func ExampleLockFrom() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -198,7 +198,7 @@ func ExampleLockFrom() {
 	// <nil>
 }
 
-// Whatever the work says, Do says if the lock was lost meanwhile.
+// Do reports a loss, whatever the function returns.
 func ExampleLock_Do() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -210,10 +210,10 @@ func ExampleLock_Do() {
 	defer lock.Close()
 
 	err = lock.Do(ctx, func(ctx context.Context) error {
-		if _, err := client.Delete(ctx, lock.Key()); err != nil { // an operator's doing
+		if _, err := client.Delete(ctx, lock.Key()); err != nil { // by an operator
 			return err
 		}
-		<-ctx.Done() // the work is called off
+		<-ctx.Done() // the work is canceled
 		return nil
 	})
 	fmt.Println(errors.Is(err, etcdutil.ErrLockLost))
@@ -233,7 +233,7 @@ func ExampleLock_Commit() {
 	_, err = lock.Commit(ctx, clientv3.OpPut("balance/alice", "90"), clientv3.OpPut("balance/bob", "110"))
 	fmt.Println("both written:", err == nil)
 
-	if _, err := client.Delete(ctx, lock.Key()); err != nil { // an operator's doing
+	if _, err := client.Delete(ctx, lock.Key()); err != nil { // by an operator
 		fmt.Println(err)
 	}
 	_, err = lock.Commit(ctx, clientv3.OpPut("balance/alice", "0"))
@@ -293,7 +293,7 @@ func ExampleLock_Token() {
 	// greater: true
 }
 
-// Alive asks the server, where the context knows only what the server has said.
+// Alive asks the server. The context reports only what the client has noticed.
 func ExampleLock_Alive() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -311,7 +311,7 @@ func ExampleLock_Alive() {
 	// false <nil>
 }
 
-// Close tells whether the lock was held to the end.
+// Close reports whether the lock was held to the end.
 func ExampleLock_Close() {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -321,7 +321,7 @@ func ExampleLock_Close() {
 		return
 	}
 
-	cancel() // the lock's context ends, and yet it is held: the work may still be winding down
+	cancel() // the context ends, but the lock is held until Close, so that work can wind down
 	fmt.Println(context.Cause(lock))
 	fmt.Println(lock.Close())
 	// Output:
@@ -340,7 +340,7 @@ func ExampleWithTTL() {
 	// Output: 30s
 }
 
-// Many locks on one lease cost one renewal between them.
+// Many locks on one lease share its renewals.
 func ExampleWithLease() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -366,7 +366,7 @@ func ExampleWithLease() {
 	// true <nil>
 }
 
-// The value tells others who holds the lock.
+// The value shows other processes who holds the lock.
 func ExampleWithValue() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -382,7 +382,7 @@ func ExampleWithValue() {
 	// Output: host-a <nil>
 }
 
-// The timeout bounds the wait alone, where the end of ctx would end the lock too.
+// The timeout bounds only the wait. The end of ctx would end the lock as well.
 func ExampleWithAcquireTimeout() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -399,7 +399,7 @@ func ExampleWithAcquireTimeout() {
 }
 
 func ExampleWithLogger() {
-	// Without times and what differs from run to run.
+	// The example leaves out times and what else differs between runs.
 	logger := slog.New(slog.NewTextHandler(os.Stdout, &slog.HandlerOptions{
 		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
 			switch a.Key {
@@ -449,7 +449,7 @@ func ExampleWithRetryPolicy() {
 	// Output: 3 true
 }
 
-// An operation that cannot be repeated is still tried again where it cannot have been applied.
+// With DefiniteOnly, Retry repeats an operation only if it cannot have been applied.
 func ExampleRetryPolicy_definiteOnly() {
 	attempt := func(answers ...error) (calls int, err error) {
 		_, err = etcdutil.Retry(context.Background(), func(ctx context.Context) (struct{}, error) {
@@ -477,14 +477,14 @@ func ExampleIsTransient() {
 }
 
 func ExampleIsAmbiguous() {
-	fmt.Println(etcdutil.IsAmbiguous(rpctypes.ErrTimeout))  // it may be applied yet
+	fmt.Println(etcdutil.IsAmbiguous(rpctypes.ErrTimeout))  // it may still be applied
 	fmt.Println(etcdutil.IsAmbiguous(rpctypes.ErrNoLeader)) // it was refused
 	// Output:
 	// true
 	// false
 }
 
-// One goroutine follows something, any number of others want to know how it stands.
+// One goroutine sends the state of something, and any number of others read the latest.
 func ExampleNewNotify() {
 	ctx := context.Background()
 
@@ -508,7 +508,7 @@ func ExampleNewNotify() {
 	// 10.0.0.1:8080 <nil>
 }
 
-// Send does not wait for anybody: who is slow skips values.
+// Send does not wait for receivers: a slow one skips values.
 func ExampleNotify_Send() {
 	ctx := context.Background()
 
@@ -527,7 +527,7 @@ func ExampleNotify_Send() {
 	// <nil> etcdutil: closed
 }
 
-// Who comes late sees the current value too.
+// A receiver that is made later reads the current value first.
 func ExampleNotify_Receiver() {
 	ctx := context.Background()
 
@@ -546,7 +546,7 @@ func ExampleNotify_Receiver() {
 	// v1 <nil>
 }
 
-// The last value before Close is not lost.
+// Receivers can read the last value after Close.
 func ExampleReceiver_Recv() {
 	ctx := context.Background()
 

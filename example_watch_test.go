@@ -44,16 +44,16 @@ func ExampleWatch() {
 		case etcdutil.EventDelete:
 			fmt.Println(e.Key, "is gone")
 		case etcdutil.EventInvalid:
-			fmt.Printf("%s is no setting: %s\n", e.Key, e.Raw)
+			fmt.Printf("%s is not a setting: %s\n", e.Key, e.Raw)
 		}
 	}
 	// Output:
 	// quota/a is now 10
-	// quota/b is no setting: {"limit": ten}
+	// quota/b is not a setting: {"limit": ten}
 	// quota/a is gone
 }
 
-// Events is closed when the watcher has ended, and context.Cause says why.
+// Events is closed when the watcher has ended, and context.Cause reports why.
 func ExampleWatcher_Events() {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
@@ -72,7 +72,7 @@ func ExampleWatcher_Events() {
 	// Output: shutting down
 }
 
-// Another watcher goes on where one has stopped.
+// A second watcher continues where the first one stopped.
 func ExampleWatcher_Revision() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -113,7 +113,7 @@ func ExampleWatcher_Close() {
 	// false etcdutil: closed
 }
 
-// With a snapshot a map that follows the events is what etcd has, from EventSynced on.
+// With a snapshot, a map that follows the events equals etcd from EventSynced on.
 func ExampleWithSnapshot() {
 	put("flags/dark", "on")
 	put("flags/beta", "off")
@@ -186,7 +186,7 @@ func ExampleWithRevision() {
 	// Output: 1 2
 }
 
-// listCodec is a codec of one's own.
+// listCodec is an example of a codec.
 type listCodec struct{}
 
 func (listCodec) Marshal(v any) ([]byte, error) {
@@ -247,7 +247,7 @@ func ExampleNewLogWriter() {
 	// 2 <nil>
 }
 
-// Who does not hold the lock cannot write.
+// A writer that does not hold the lock cannot write.
 func ExampleLogWriter_Write() {
 	ctx, client := context.Background(), exampleClient()
 
@@ -343,9 +343,9 @@ func ExampleLogReader_Read() {
 	}
 	defer r.Close()
 
-	cancelled, cancel := context.WithCancel(ctx)
+	canceled, cancel := context.WithCancel(ctx)
 	cancel()
-	_, err = r.Read(cancelled) // ctx bounds this call alone
+	_, err = r.Read(canceled) // ctx bounds only this call
 	fmt.Println(err)
 
 	writeLog("not-yet-written", 1)
