@@ -46,14 +46,18 @@ func keepDialing(client *clientv3.Client) (stop func()) {
 	return r.detach
 }
 
-// dial ends gRPC's backoff. It runs as the timer's goroutine.
+// dial ends gRPC's backoff. It runs as the timer's goroutine. It waits until every endpoint has failed:
+// ResetConnectBackoff reads gRPC's map of connections without a lock, while gRPC fills that map when it
+// begins to connect, which crashes the process.
 func (r *redialer) dial() {
 	redialers.Lock()
 	defer redialers.Unlock()
 	if r.refs == 0 {
 		return
 	}
-	r.client.ActiveConnection().ResetConnectBackoff()
+	if conn := r.client.ActiveConnection(); conn.GetState() == connectivity.TransientFailure {
+		conn.ResetConnectBackoff()
+	}
 	r.timer.Reset(redialInterval)
 }
 
