@@ -78,33 +78,36 @@
 // impossible. With [WithSnapshot] it follows the state: after missing changes it lists the keys
 // again and sends the differences. All watches of a client share streams.
 //
+// A [Mirror] is a live typed copy of a key or a prefix, from which reads never block.
+//
 // A [Notify] passes the latest value on to any number of readers in this process.
 //
 // # Options
 //
-// An option in the wrong place does not compile. In this table Lock stands for Acquire,
+// An option in the wrong place does not compile, or is refused with an error that names it. The
+// columns of the table are named for what the constructors make. Lock stands for Acquire,
 // TryAcquire, Do and Lead, and Retry for Retry and Holder.
 //
-//	                       NewLease  Lock  NewLogWriter  NewLogReader  Watch  Retry
-//	WithLogger                x       x         x             x          x      x
-//	WithObserver              x       x         x             x          x      x
-//	WithRetryPolicy           x       x         x             x          x      x
-//	WithKeepAliveInterval     x       x
-//	WithExpiryMargin          x       x
-//	WithMaxKeepAlives         x       x
-//	WithTTL                           x
-//	WithLease                         x
-//	WithValue                         x
-//	WithAcquireTimeout                x
-//	WithCodec                                   x             x          x
-//	WithEveryEntry                                            x
-//	WithPrefix                                                           x
-//	WithPrev                                                             x
-//	WithRevision                                                         x
-//	WithSnapshot                                                         x
+//	                      Lease  Lock  LogWriter  LogReader  Watch  Mirror  Retry
+//	WithLogger              x     x        x          x        x      x       x
+//	WithObserver            x     x        x          x        x      x       x
+//	WithRetryPolicy         x     x        x          x        x      x       x
+//	WithKeepAliveInterval   x     x
+//	WithExpiryMargin        x     x
+//	WithMaxKeepAlives       x     x
+//	WithTTL                       x
+//	WithLease                     x
+//	WithValue                     x
+//	WithAcquireTimeout            x
+//	WithCodec                              x          x        x      x
+//	WithEveryEntry                                    x
+//	WithPrefix                                                 x      x
+//	WithPrev                                                   x
+//	WithRevision                                               x
+//	WithSnapshot                                               x
 //
-// A lock takes the lease options for its own lease. They and WithTTL cannot be combined with
-// WithLease, whose lease has its own.
+// The options of a lease and WithTTL shape a lock's own lease. They cannot be combined with
+// WithLease, whose lease has its own. WithRevision cannot be combined with WithSnapshot.
 //
 // # Shutting down
 //

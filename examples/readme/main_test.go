@@ -113,3 +113,11 @@ func TestQuickStartOfLeadersCampaigns(t *testing.T) {
 	})
 	require.ErrorIs(t, err, context.Canceled)
 }
+
+func TestQuickStartOfMirrorsReadsItsOwnWrite(t *testing.T) {
+	client := etcdtest.Start(t, 1).Client(t)
+	out := capture(t)
+	require.NoError(t, limit(t.Context(), client))
+	require.True(t, out.contains("0 settings; search: {0}, false"))
+	require.True(t, out.contains("search: {10}"))
+}

@@ -26,3 +26,25 @@ func find(ctx context.Context, client *clientv3.Client) (address string, err err
 	}
 	return leader.Value, err
 }
+
+func limit(ctx context.Context, client *clientv3.Client) error {
+	settings, err := etcdutil.NewMirror[Setting](ctx, client, "settings/", etcdutil.WithPrefix())
+	if err != nil {
+		return err
+	}
+	defer settings.Close()
+
+	search, ok := settings.Get("settings/search") // from memory
+	log.Printf("%d settings; search: %v, %t", settings.Len(), search, ok)
+
+	resp, err := client.Put(ctx, "settings/search", `{"Limit": 10}`)
+	if err != nil {
+		return err
+	}
+	if err := settings.Wait(ctx, resp.Header.Revision); err != nil { // read your own write
+		return err
+	}
+	search, _ = settings.Get("settings/search")
+	log.Printf("search: %v", search)
+	return nil
+}
