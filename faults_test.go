@@ -174,7 +174,7 @@ func (s *leaseServer) wait() {
 func (s *leaseServer) start(t *testing.T) *clientv3.Client {
 	t.Helper()
 	listener := bufconn.Listen(1 << 16)
-	server := grpc.NewServer()
+	server := grpc.NewServer(grpc.WaitForHandlers(true))
 	etcdserverpb.RegisterLeaseServer(server, s)
 	go func() { _ = server.Serve(listener) }()
 	client, err := clientv3.New(clientv3.Config{

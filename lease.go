@@ -1,6 +1,7 @@
 package etcdutil
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -16,6 +17,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 )
 
 // Lease is a lease that is kept alive. It is a context.Context, which ends on Close, when its parent ends, and when the
@@ -35,15 +37,17 @@ type Lease struct {
 	renewal renewal  // its place in the renewal stream
 	slots   keySlots // the keys that its locks use
 	locks   lockSet  // to be stopped before its own context is canceled
-	sweeper keySweeper
+	sweep   *cleanup // removes keys that no lock uses
 
 	mu       sync.Mutex // guards what follows
 	expiry   time.Time
 	renewals int
 	late     bool  // a renewal is late, and that has been logged
-	denial   error // why the server will not renew the lease
+	denial   error // why the server refused to renew the lease, if it did the last time
 	renew    *time.Timer
 	expire   *time.Timer
+
+	roundTrip time.Duration // of the last renewal
 }
 
 const unlimited = -1
@@ -179,8 +183,12 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 		margin:   margin,
 		max:      or(c.max, unlimited),
 	}
-	l.renewal.lease, l.sweeper.lease = l, l
+	l.renewal.lease = l
 	l.init(parent)
+	l.sweep = &cleanup{
+		ctx: l.stopCtx, config: &l.config, what: "remove unused keys of lease " + hexID(l.id),
+		remove: l.sweepKeys, over: func() bool { return l.stopCtx.Err() != nil },
+	}
 	l.onStop = l.locks.markLost
 	l.startTimers(g.since)
 	if lost := l.stopCause(); lost != nil {
@@ -198,38 +206,68 @@ type grant struct {
 	since time.Time
 }
 
-// grantLease chooses the lease's ID itself, so that a repeated request cannot leave a second lease behind. It goes below
-// clientv3.Lease, which offers no way to choose.
+// grantLease chooses the lease's ID itself, so that a repeated request leaves no second lease. It goes
+// below clientv3.Lease, which cannot choose.
 func grantLease(ctx context.Context, c *config, seconds int64) (grant, error) {
-	remote := clientv3.RetryLeaseClient(c.client)
-	id, ttl := newLeaseID(), time.Duration(seconds)*time.Second
-	doubt := false
-	g, err := retry(ctx, c, c.retry, "grant lease", func(ctx context.Context) (grant, error) {
-		for {
-			sent := time.Now()
-			resp, err := remote.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{TTL: seconds, ID: int64(id)}, grpc.WaitForReady(true))
-			if err == nil {
-				return grant{id, time.Duration(resp.TTL) * time.Second, sent}, nil
-			}
-			err = rpctypes.Error(err)
-			doubt = doubt || IsAmbiguous(err)
-			if !errors.Is(err, rpctypes.ErrLeaseExist) {
-				return grant{}, err
-			}
-			// It is ours, from an attempt that was not answered, and of unknown age. Begin again, under another ID.
-			if revokeLease(ctx, c, id) != nil {
-				revokeInBackground(ctx, c, id, ttl, 0)
-			}
-			id, doubt = newLeaseID(), false
-		}
-	})
-	if err != nil && doubt {
-		revokeInBackground(ctx, c, id, ttl, min(ttl, lateWindow))
+	r := grantRequest{config: c, seconds: seconds, remote: clientv3.RetryLeaseClient(c.client)}
+	r.chooseID()
+	g, err := retry(ctx, c, c.retry, "grant lease", r.send)
+	if err != nil && r.inDoubt {
+		revokeInBackground(ctx, c, r.id, r.ttl(), r.repeatFor)
 	}
 	return g, err
 }
 
-func newLeaseID() clientv3.LeaseID { return clientv3.LeaseID(rand.Int64N(math.MaxInt64) + 1) }
+// A grantRequest is sent until it is answered.
+type grantRequest struct {
+	config  *config
+	remote  etcdserverpb.LeaseClient
+	seconds int64
+
+	id        clientv3.LeaseID
+	since     time.Time     // just before it was first sent with this ID
+	inDoubt   bool          // the server may have granted a lease with this ID
+	repeatFor time.Duration // how long the request may still arrive
+}
+
+func (r *grantRequest) chooseID() {
+	r.id, r.since = clientv3.LeaseID(rand.Int64N(math.MaxInt64)+1), time.Now()
+	r.inDoubt, r.repeatFor = false, 0
+}
+
+func (r *grantRequest) ttl() time.Duration { return time.Duration(r.seconds) * time.Second }
+
+func (r *grantRequest) send(ctx context.Context) (grant, error) {
+	for {
+		sent := time.Now()
+		if !r.inDoubt {
+			r.since = sent
+		}
+		resp, err := r.remote.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{TTL: r.seconds, ID: int64(r.id)}, grpc.WaitForReady(true))
+		if err == nil {
+			g := grant{r.id, time.Duration(resp.TTL) * time.Second, r.since}
+			if r.since == sent || time.Since(r.since) < g.ttl/2 {
+				return g, nil
+			}
+			err = rpctypes.ErrLeaseExist // too much of its time has passed since an earlier attempt
+		}
+		err = rpctypes.Error(err)
+		if IsAmbiguous(err) {
+			r.inDoubt = true
+			if !errors.Is(err, rpctypes.ErrNoSpace) { // which etcd may have applied, but will not later
+				r.repeatFor = min(r.ttl(), lateWindow)
+			}
+		}
+		if !errors.Is(err, rpctypes.ErrLeaseExist) {
+			return grant{}, err
+		}
+		// The lease is ours, from an attempt that was not answered. Begin again, under another ID.
+		if revokeLease(ctx, r.config, r.id) != nil {
+			revokeInBackground(ctx, r.config, r.id, r.ttl(), 0)
+		}
+		r.chooseID()
+	}
+}
 
 // revokeLease returns nil if the server does not know the lease: another attempt may have revoked it.
 func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
@@ -237,25 +275,6 @@ func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
 		return err
 	}
 	return nil
-}
-
-// revokeSlots bounds how many leases are being revoked behind their callers: an outage may leave any number.
-var revokeSlots = make(chan struct{}, 64)
-
-// revokeInBackground revokes a lease behind the caller, and for as long as fear again, if the lost request that grants it may arrive
-// late. It ends after the TTL: then the lease, which nobody renews, is as good as gone. So it is if there are too many.
-func revokeInBackground(ctx context.Context, c *config, id clientv3.LeaseID, ttl, fear time.Duration) {
-	select {
-	case revokeSlots <- struct{}{}:
-	default:
-		return
-	}
-	inBackground(func() {
-		defer func() { <-revokeSlots }()
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), ttl)
-		defer cancel()
-		removeRepeatedly(ctx, c, "revoke lease "+hexID(id), fear, func(ctx context.Context) error { return revokeLease(ctx, c, id) })
-	})
 }
 
 // ID is the lease's ID, chosen at random by this client.
@@ -315,14 +334,56 @@ func (l *Lease) release() error {
 		ErrUnknownOutcome, int64(l.id), l.serverExpiry(), err)
 }
 
+// discard closes a lease that no lock needs any more, and revokes it in the background.
+func (l *Lease) discard() {
+	l.shutdown(ErrClosed)
+	l.stopTimers()
+	l.renewal.awaitStream()
+	revokeInBackground(l.ctx, &l.config, l.id, l.ttl, 0)
+}
+
 // serverExpiry returns when a lease that is renewed no longer will have expired on the server.
 func (l *Lease) serverExpiry() string { return time.Now().Add(l.ttl).Format(time.RFC3339) }
 
-// reserveKey returns a key for a lock of this name that no other lock on this lease has.
-func (l *Lease) reserveKey(name string) string { return l.slots.reserve(name, l.id) }
+// reserveKey returns a key for a lock of this name that no other lock on this lease has. client is the
+// lock's: if it is not the lease's, it may see other keys, in a namespace.
+func (l *Lease) reserveKey(name string, client *clientv3.Client) string {
+	return l.slots.reserve(name, l.id, client == l.config.client)
+}
 
 // freeKey allows a key that is gone and cannot come back to be reserved again.
 func (l *Lease) freeKey(key string) { l.slots.free(key) }
+
+// discardKey takes a key over from a lock that has ended. The key may be in etcd or, if late, may
+// still be written. It is removed in the background, and then it is free. discardKey waits for that
+// only as long as it takes when etcd can be reached.
+func (l *Lease) discardKey(key string, late bool, remove func(ctx context.Context) error) {
+	l.slots.discard(key, late, remove)
+	l.sweep.runInBackground()
+}
+
+// sweepKeys removes the keys on the lease that no lock uses: those that were discarded, and those that
+// a lost request or a restored backup has brought back. It returns when to do so again.
+func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) {
+	began := time.Now()
+	if err := l.slots.removeDiscarded(ctx); err != nil {
+		return 0, err
+	}
+	if l.slots.mustList() {
+		resp, err := l.config.client.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
+		switch {
+		case statusOf(err).code == codes.PermissionDenied: // for what others have attached
+			l.slots.removeAgain()
+		case err != nil:
+			return 0, err
+		default:
+			if err := removeKeys(ctx, l.config.client, l.id, l.slots.claimUnused(resp.Keys, l.id)); err != nil {
+				return 0, err
+			}
+		}
+	}
+	return l.slots.settle(began), nil
+}
 
 // addLock has the lock stopped before the lease's own context is canceled, until removeLock.
 func (l *Lease) addLock(lock *Lock) { l.locks.add(lock) }
@@ -369,9 +430,18 @@ func (l *Lease) scheduleRenewal() {
 	}
 }
 
-// answerTimeout returns when an answer is late. It does not follow a short interval: one lease could
-// have everybody's stream reopened faster than it is answered.
-func (l *Lease) answerTimeout() time.Duration { return l.ttl / 3 }
+// answerTimeout returns when an answer is late. Then the stream may have to reopen on another member,
+// and that more than once, before the lease expires. Where answers are always slow they are late
+// after twice the usual time, if that leaves time for a second attempt.
+func (l *Lease) answerTimeout() time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	left := time.Until(l.expiry)
+	usual := max(2*l.roundTrip, minAnswerTimeout)
+	return max(left/4, min(usual, left/2), minAnswerTimeout/10)
+}
+
+const minAnswerTimeout = 500 * time.Millisecond
 
 // markLate logs the first of the times that a renewal is found late.
 func (l *Lease) markLate() {
@@ -384,14 +454,19 @@ func (l *Lease) markLate() {
 	}
 }
 
-// handleRenewal takes the answer to the renewal that was sent at sentAt.
-func (l *Lease) handleRenewal(sentAt time.Time, ttl time.Duration) {
+// handleRenewal takes the answer to the renewal that was sent at sentAt. reopened says that it is the
+// lease's first one on this stream.
+func (l *Lease) handleRenewal(sentAt time.Time, ttl time.Duration, reopened bool) {
 	if ttl <= 0 {
 		l.markLost(ErrLeaseRevoked)
 		return
 	}
+	l.config.reporter.leaseRenewed(LeaseEvent{Lease: l.id, Took: time.Since(sentAt), Left: time.Until(l.Expiry())})
 	if !l.extend(sentAt, ttl) {
 		l.stopRenewing()
+	}
+	if l.slots.mayHaveUnused(reopened) {
+		l.sweep.schedule()
 	}
 }
 
@@ -402,7 +477,8 @@ func (l *Lease) extend(sentAt time.Time, ttl time.Duration) (again bool) {
 	if l.stopCtx.Err() != nil || l.renewals == l.max { // nor if one more was under way
 		return false
 	}
-	l.late = false
+	l.late, l.denial = false, nil
+	l.roundTrip = time.Since(sentAt)
 	l.renewals++
 	if expiry := sentAt.Add(ttl - l.margin); expiry.After(l.expiry) {
 		l.expiry = expiry
@@ -415,14 +491,21 @@ func (l *Lease) extend(sentAt time.Time, ttl time.Duration) (again bool) {
 	return true
 }
 
-// handleDenied takes the server's refusal to renew the lease. The lease expires.
-func (l *Lease) handleDenied(err error) {
-	l.config.reporter.renewalDenied(l.id, l.Expiry(), err)
+// handleDenied takes the server's refusal to renew the lease, for the nth time in a row. Permissions
+// come back: the lease is renewed again after a pause, until it expires.
+func (l *Lease) handleDenied(err error, n int) {
 	l.mu.Lock()
 	l.denial = err
+	expiry := l.expiry
+	pause := max(min(firstDenialPause<<min(n-1, 20), time.Until(expiry)/4), firstDenialPause)
+	l.renew.Reset(pause)
 	l.mu.Unlock()
-	l.stopRenewing()
+	if n == 1 {
+		l.config.reporter.renewalDenied(l.id, expiry, err)
+	}
 }
+
+const firstDenialPause = 100 * time.Millisecond
 
 func (l *Lease) handleExpiry() {
 	l.mu.Lock()
@@ -431,13 +514,14 @@ func (l *Lease) handleExpiry() {
 		l.expire.Reset(left)
 	}
 	l.mu.Unlock()
-	switch {
-	case left > 0:
-	case denial != nil:
-		l.markLost(errorf("%w: %w", ErrLeaseExpired, denial))
-	default:
-		l.markLost(ErrLeaseExpired)
+	if left > 0 {
+		return
 	}
+	if why := cmp.Or(denial, l.renewal.failure()); why != nil {
+		l.markLost(errorf("%w: %w", ErrLeaseExpired, why))
+		return
+	}
+	l.markLost(ErrLeaseExpired)
 }
 
 func (l *Lease) markLost(cause error) {
@@ -463,39 +547,193 @@ func (l *Lease) stopCause() error {
 // held at once. Deleted keys slow range reads until compaction, so keys are reused.
 const keysPerName = 4
 
-// keySlots hands out the keys of a lease's locks.
+// keySlots hands out the keys of a lease's locks. A key is free, in use by a lock, or discarded: the
+// lock has ended, but the key may be in etcd.
 type keySlots struct {
-	mu       sync.Mutex
-	reserved map[string]bool
-	count    int64 // of all reservations
+	mu      sync.Mutex
+	slots   map[string]*keySlot // those that are not free
+	count   int64               // of all reservations
+	foreign bool                // a lock of another client uses some, which a list may show otherwise
+	doubted bool                // a key may have been written late
+	list    bool                // the keys on the lease are to be listed
+	pause   time.Duration       // until the next sweep
 }
 
-// reserve returns a key that is not reserved.
-func (s *keySlots) reserve(name string, id clientv3.LeaseID) string {
+// A keySlot is in use by a lock if it has no remove.
+type keySlot struct {
+	remove  func(ctx context.Context) error // deletes the discarded key, if it is there
+	removed bool                            // once
+	late    bool                            // a request that writes or deletes the key may still arrive
+	until   time.Time                       // by when that has arrived
+}
+
+// reserve returns a key that is free.
+func (s *keySlots) reserve(name string, id clientv3.LeaseID, ownClient bool) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.reserved == nil {
-		s.reserved = make(map[string]bool)
+	if s.slots == nil {
+		s.slots = make(map[string]*keySlot)
 	}
+	s.foreign = s.foreign || !ownClient
 	s.count++
 	key := slotKey(name, id, s.count%keysPerName)
-	if s.reserved[key] {
+	if s.slots[key] != nil {
 		key = slotKey(name, id, s.count+keysPerName) // which was never used before
 	}
-	s.reserved[key] = true
+	s.slots[key] = &keySlot{}
 	return key
 }
 
 func (s *keySlots) free(key string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.reserved, key)
+	delete(s.slots, key)
+}
+
+// discard marks a key that a lock no longer uses. It is free when it has been removed and, if it may
+// be written late, lateWindow has passed.
+func (s *keySlots) discard(key string, late bool, remove func(ctx context.Context) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.slots[key] = &keySlot{remove: remove, late: late}
+	s.pause = defaultInitial
+	if late {
+		s.doubted, s.list = true, true
+	}
+}
+
+// removeDiscarded removes each discarded key once. Later a list shows whether it is back, if there can
+// be one.
+func (s *keySlots) removeDiscarded(ctx context.Context) (err error) {
+	for key, slot := range s.toRemove() {
+		failed := slot.remove(ctx)
+		if isContextError(failed) || IsTransient(failed) { // the others would fare no better
+			s.setLate(slot)
+			return failed
+		}
+		if failed != nil {
+			err = failed
+			continue
+		}
+		s.setRemoved(key, slot)
+	}
+	return err
+}
+
+func (s *keySlots) toRemove() map[string]*keySlot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	slots := make(map[string]*keySlot)
+	for key, slot := range s.slots {
+		if slot.remove != nil && (!slot.removed || s.foreign) {
+			slots[key] = slot
+		}
+	}
+	return slots
+}
+
+func (s *keySlots) setLate(slot *keySlot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	slot.late, s.list = true, true
+}
+
+// setRemoved frees a key that was removed, or waits for what may arrive late.
+func (s *keySlots) setRemoved(key string, slot *keySlot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case !slot.late:
+		delete(s.slots, key)
+	case slot.until.IsZero():
+		slot.until = time.Now().Add(lateWindow)
+	}
+	slot.removed = true
+}
+
+// removeAgain has the next sweep remove the discarded keys once more.
+func (s *keySlots) removeAgain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, slot := range s.slots {
+		slot.removed = false
+	}
+}
+
+// mayHaveUnused reports, at a renewal, whether the lease may have keys that no lock uses: a request that
+// was given up may arrive at any time, and if the stream was reopened etcd may have been restored from
+// a backup.
+func (s *keySlots) mayHaveUnused(reopened bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.list = s.list || s.doubted || reopened && s.count > int64(len(s.slots))
+	return s.list
+}
+
+func (s *keySlots) mustList() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.list && !s.foreign
+}
+
+// claimUnused returns those of the attached keys that no lock uses. None can reserve them before they
+// are settled.
+func (s *keySlots) claimUnused(attached [][]byte, id clientv3.LeaseID) []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var unused []string
+	for _, raw := range attached {
+		key := string(raw)
+		slot := s.slots[key]
+		switch {
+		case slot != nil && slot.remove == nil:
+			continue
+		case slot == nil && !s.handedOut(key, id):
+			continue
+		case slot == nil:
+			s.slots[key] = &keySlot{remove: nothingToRemove, removed: true}
+		}
+		unused = append(unused, key)
+	}
+	return unused
+}
+
+func nothingToRemove(context.Context) error { return nil }
+
+// handedOut reports whether the lease may have handed out such a key.
+func (s *keySlots) handedOut(key string, id clientv3.LeaseID) bool {
+	suffix := "/" + hexID(id) + "-"
+	i := strings.LastIndex(key, suffix)
+	if i < 0 {
+		return false
+	}
+	nonce, err := strconv.ParseInt(key[i+len(suffix):], 16, 64)
+	return err == nil && nonce <= s.count+keysPerName && key == slotKey(key[:i], id, nonce)
+}
+
+// settle frees the discarded keys if the sweep began when everything had arrived that wrote them. It
+// returns when to sweep again for the others.
+func (s *keySlots) settle(began time.Time) (again time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for key, slot := range s.slots {
+		switch {
+		case slot.remove == nil:
+		case slot.removed && slot.until.Before(began):
+			delete(s.slots, key)
+		default:
+			again = s.pause
+		}
+	}
+	s.list = again > 0
+	s.pause = min(2*max(s.pause, defaultInitial), lateWindow/10)
+	return again
 }
 
 func (s *keySlots) len() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.reserved)
+	return len(s.slots)
 }
 
 // slotKey returns the key of a lock: the nonce makes it unique among the locks of a lease.

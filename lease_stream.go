@@ -1,7 +1,9 @@
 package etcdutil
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -27,13 +29,15 @@ type renewStream struct {
 
 	// mu is never held while sending or receiving.
 	mu           sync.Mutex
-	due          []*renewal // to be sent
-	pending      []*renewal // sent and unanswered, the oldest first
+	due          []*renewal // to be sent: those that were refused come last
+	pending      []*renewal // sent and unanswered, at most one of each lease, the oldest first
 	lastAnswerAt time.Time  // or when the stream was opened
 	member       string     // at the other end of the stream
 	stuckMember  string     // the member that last owed an answer for too long; "" after an answer
 	reopen       context.CancelFunc
-	reopens      int // since the last answer
+	reopens      int   // since the last answer
+	opened       int   // streams so far
+	failure      error // why the last stream failed; nil after an answer
 }
 
 // renewal is a lease's place in the stream of its client.
@@ -45,8 +49,10 @@ type renewal struct {
 	detached bool
 
 	// Guarded by the stream's mutex.
-	state  renewalState
-	sentAt time.Time
+	state    renewalState
+	sentAt   time.Time
+	refusals int // since the last answer
+	opening  int // the stream that gave the last answer; 0 before the first
 }
 
 type renewalState int
@@ -64,9 +70,9 @@ var renewStreams = struct {
 	byClient map[*clientv3.Client]*renewStream
 }{byClient: make(map[*clientv3.Client]*renewStream)}
 
-// schedule has the lease renewed. It reports whether an earlier renewal is unanswered: then it sends
-// no second one, but reopens the stream if its member has owed an answer for as long as patience.
-func (r *renewal) schedule(patience time.Duration) (late bool) {
+// schedule has the lease renewed. It reports whether an earlier renewal has been unanswered for as
+// long as timeout: then it sends no second one, but reopens the stream if its member seems stuck.
+func (r *renewal) schedule(timeout time.Duration) (late bool) {
 	s := r.attach()
 	if s == nil {
 		return false
@@ -74,16 +80,33 @@ func (r *renewal) schedule(patience time.Duration) (late bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if r.state != renewalIdle {
-		s.reopenIfStuck(patience)
+		s.reopenIfStuck(timeout)
 		return true
 	}
 	r.state = renewalDue
 	s.due = append(s.due, r)
+	s.signalDue()
+	return false
+}
+
+func (s *renewStream) signalDue() {
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
-	return false
+}
+
+// failure returns why the lease has not been renewed, if the stream has failed.
+func (r *renewal) failure() error {
+	renewStreams.Lock()
+	s, detached := r.stream, r.detached
+	renewStreams.Unlock()
+	if s == nil || detached {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failure
 }
 
 // attach returns the client's stream, or nil if the lease is not to be renewed any more.
@@ -144,24 +167,46 @@ func (s *renewStream) reopenIfStuck(patience time.Duration) {
 	}
 	s.reopens++
 	s.stuckMember = s.member
+	s.failure = fmt.Errorf("no answer from %s", s.member)
 	s.reopen()
 }
 
 // run opens streams one after the other. A stream that breaks while nothing is due is not missed.
 func (s *renewStream) run() {
 	defer close(s.done)
-	policy, failed := RetryPolicy{}.withDefaults(), 0
+	var delay backoff
 	for s.waitDue() {
-		if failed > 0 {
-			sleep(s.ctx, s.reopenDelay(policy.backoff(failed)))
-		}
-		if s.runStream(s.openTimeout(failed)) {
-			failed = 0
-		} else {
-			failed++
+		sleep(s.ctx, s.reopenDelay(delay.next()))
+		switch end := s.runStream(s.openTimeout(delay.failed)); {
+		case end.answered:
+			delay = backoff{}
+		case end.denied:
+			delay = backoff{policy: deniedPolicy, failed: delay.failed + 1}
+		default:
+			delay = backoff{policy: reopenPolicy, failed: delay.failed + 1}
 		}
 	}
 }
+
+// A backoff is the delay after so many failures in a row.
+type backoff struct {
+	policy RetryPolicy
+	failed int
+}
+
+func (b backoff) next() time.Duration {
+	if b.failed == 0 {
+		return 0
+	}
+	return b.policy.backoff(b.failed)
+}
+
+var (
+	reopenPolicy = RetryPolicy{}.withDefaults()
+	// deniedPolicy is short: the stream reopens once for each lease that may not be renewed, and the
+	// others wait for that.
+	deniedPolicy = RetryPolicy{Initial: 5 * time.Millisecond, Max: 100 * time.Millisecond}
+)
 
 // waitDue waits until there is a lease to renew. It returns false when the last one has detached.
 func (s *renewStream) waitDue() bool {
@@ -178,7 +223,8 @@ func (s *renewStream) waitDue() bool {
 }
 
 // requeue makes due again what the last stream left unanswered, and drops what has expired. The lease
-// that expires first comes first. It reports whether anything is due.
+// that expires first comes first, but those that were refused come last. It reports whether anything
+// is due.
 func (s *renewStream) requeue() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -192,7 +238,9 @@ func (s *renewStream) requeue() bool {
 	for _, r := range s.due {
 		expiry[r] = r.lease.Expiry()
 	}
-	slices.SortFunc(s.due, func(a, b *renewal) int { return expiry[a].Compare(expiry[b]) })
+	slices.SortFunc(s.due, func(a, b *renewal) int {
+		return cmp.Or(cmp.Compare(min(a.refusals, 1), min(b.refusals, 1)), expiry[a].Compare(expiry[b]))
+	})
 	return len(s.due) > 0
 }
 
@@ -206,7 +254,8 @@ func (r *renewal) dropIfExpired() bool {
 	return true
 }
 
-// untilExpiry returns how long the first lease in due has left: after requeue, the least of all.
+// untilExpiry returns how long the first lease in due has left: after requeue, the least of those
+// that were not refused.
 func (s *renewStream) untilExpiry() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -219,44 +268,67 @@ func (s *renewStream) untilExpiry() time.Duration {
 // reopenDelay bounds how long the stream waits before it reopens: it tries several times within the
 // time that is left, so that a fault which ends just before a lease does costs nothing.
 func (s *renewStream) reopenDelay(backoff time.Duration) time.Duration {
-	return max(min(backoff, s.untilExpiry()/8), time.Millisecond)
+	return max(min(backoff, s.untilExpiry()/8), 0)
 }
 
 // openTimeout returns how long the stream may take to open. clientv3 fetches a new token for every
 // stream, which takes long by design, and the member that it asks may be stuck. So the timeout grows,
 // and leaves time for another attempt.
 func (s *renewStream) openTimeout(failed int) time.Duration {
-	return max(min(s.untilExpiry()/2, 2*time.Second<<min(failed, 10)), time.Second)
+	return max(min(s.untilExpiry()/2, 2*time.Second<<min(failed, 10)), minOpenTimeout)
 }
 
-// runStream opens a stream and runs it until it fails. It reports whether it had an answer.
-func (s *renewStream) runStream(openTimeout time.Duration) (answered bool) {
+const minOpenTimeout = 200 * time.Millisecond
+
+// A streamEnd says how a stream has ended.
+type streamEnd struct {
+	answered bool // it answered a renewal
+	denied   bool // the server refused to renew one lease
+}
+
+// runStream opens a stream and runs it until it fails.
+func (s *renewStream) runStream(openTimeout time.Duration) streamEnd {
 	ctx, cancel := context.WithCancel(s.ctx)
 	defer cancel()
-	opening, stopDialing := time.AfterFunc(openTimeout, cancel), keepDialing(s.client)
-	stream, err := s.open(ctx)
-	opening.Stop()
-	stopDialing()
+	stream, err := s.open(ctx, openTimeout, cancel)
 	if err != nil {
-		return false
+		s.setFailure(withConnectionError(s.client, err))
+		return streamEnd{}
 	}
-	s.setOpen(stream, cancel)
 	sending := make(chan struct{})
 	go func() { // until ctx ends
 		defer close(sending)
 		s.send(ctx, stream)
 	}()
-	answered = s.receive(stream)
+	end := s.receive(ctx, stream)
 	cancel()
 	<-sending
-	return answered
+	return end
 }
 
 type keepAliveStream = etcdserverpb.Lease_LeaseKeepAliveClient
 
-// open opens a stream to another member than the stuck one, if it can: gRPC takes them in turn. The
-// streams that it does not use stay open until ctx ends.
-func (s *renewStream) open(ctx context.Context) (keepAliveStream, error) {
+// open opens a stream within timeout.
+func (s *renewStream) open(ctx context.Context, timeout time.Duration, cancel context.CancelFunc) (keepAliveStream, error) {
+	defer keepDialing(s.client)()
+	timer := time.AfterFunc(timeout, cancel)
+	stream, err := s.openElsewhere(ctx)
+	switch {
+	case !timer.Stop():
+		return nil, cmp.Or(err, context.DeadlineExceeded)
+	case err != nil:
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastAnswerAt, s.member, s.reopen = time.Now(), memberOf(stream), cancel
+	s.opened++
+	return stream, nil
+}
+
+// openElsewhere opens a stream to another member than the stuck one, if it can: gRPC takes them in
+// turn. The streams that it does not use stay open until ctx ends.
+func (s *renewStream) openElsewhere(ctx context.Context) (keepAliveStream, error) {
 	remote, stuck := clientv3.RetryLeaseClient(s.client), s.stuck()
 	stream, err := remote.LeaseKeepAlive(ctx)
 	for others := 2 * len(s.client.Endpoints()); others > 0 && err == nil && stuck != "" && memberOf(stream) == stuck; others-- {
@@ -280,12 +352,10 @@ func (s *renewStream) stuck() string {
 	return s.stuckMember
 }
 
-func (s *renewStream) setOpen(stream keepAliveStream, reopen context.CancelFunc) {
+func (s *renewStream) setFailure(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastAnswerAt = time.Now()
-	s.member = memberOf(stream)
-	s.reopen = reopen
+	s.failure = err
 }
 
 // send has a goroutine of its own, because flow control can block it.
@@ -307,8 +377,9 @@ func (s *renewStream) next() *renewal {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(s.due) > 0 {
-		r := s.due[0]
-		s.due = s.due[1:]
+		i := max(0, slices.IndexFunc(s.due, func(r *renewal) bool { return r.refusals == 0 }))
+		r := s.due[i]
+		s.due = slices.Delete(s.due, i, i+1)
 		if !r.dropIfExpired() {
 			r.state, r.sentAt = renewalPending, time.Now()
 			s.pending = append(s.pending, r)
@@ -319,43 +390,49 @@ func (s *renewStream) next() *renewal {
 }
 
 // receive takes answers until the stream fails.
-func (s *renewStream) receive(stream keepAliveStream) (answered bool) {
+func (s *renewStream) receive(ctx context.Context, stream keepAliveStream) (end streamEnd) {
 	for {
 		resp, err := stream.Recv()
-		if err != nil {
-			return s.chargeDenial(err) || answered
+		switch {
+		case err == nil:
+			end.answered = s.takeAnswer(resp) || end.answered
+		case ctx.Err() != nil: // it is to reopen, or no lease is left
+			return end
+		default:
+			s.setFailure(rpctypes.Error(err))
+			end.denied = s.chargeDenial(err)
+			return end
 		}
-		r, sentAt := s.takeAnswered(clientv3.LeaseID(resp.ID))
-		if r == nil {
-			return false // out of order: no answer can be trusted to belong to its request
-		}
-		r.lease.handleRenewal(sentAt, time.Duration(resp.TTL)*time.Second)
-		answered = true
 	}
 }
 
-// takeAnswered takes the renewal that an answer for id belongs to: the oldest, for the server answers
-// in order.
-func (s *renewStream) takeAnswered(id clientv3.LeaseID) (*renewal, time.Time) {
+// takeAnswer passes an answer to its lease, which has one unanswered renewal at most. etcd answers in
+// order, its gRPC proxy does not. takeAnswer reports whether a renewal waited for the answer.
+func (s *renewStream) takeAnswer(resp *etcdserverpb.LeaseKeepAliveResponse) bool {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.pending) == 0 || s.pending[0].lease.id != id {
-		return nil, time.Time{}
+	i := slices.IndexFunc(s.pending, func(r *renewal) bool { return int64(r.lease.id) == resp.ID })
+	if i < 0 {
+		s.mu.Unlock()
+		return false
 	}
-	s.lastAnswerAt, s.stuckMember, s.reopens = time.Now(), "", 0
-	r := s.takeOldest()
-	return r, r.sentAt
+	r := s.takePending(i)
+	sentAt, reopened := r.sentAt, r.opening != 0 && r.opening != s.opened
+	r.refusals, r.opening = 0, s.opened
+	s.lastAnswerAt, s.stuckMember, s.reopens, s.failure = time.Now(), "", 0, nil
+	s.mu.Unlock()
+	r.lease.handleRenewal(sentAt, time.Duration(resp.TTL)*time.Second, reopened)
+	return true
 }
 
-func (s *renewStream) takeOldest() *renewal {
-	r := s.pending[0]
-	s.pending = s.pending[1:]
+func (s *renewStream) takePending(i int) *renewal {
+	r := s.pending[i]
+	s.pending = slices.Delete(s.pending, i, i+1)
 	r.state = renewalIdle
 	return r
 }
 
-// chargeDenial charges a refusal, which ends the stream, to the lease whose turn it was. It reports
-// whether err was one.
+// chargeDenial charges a refusal, which ends the stream, to the oldest unanswered renewal, because
+// etcd answers in order. It reports whether err was one.
 func (s *renewStream) chargeDenial(err error) bool {
 	if statusOf(err).code != codes.PermissionDenied {
 		return false
@@ -365,8 +442,10 @@ func (s *renewStream) chargeDenial(err error) bool {
 		s.mu.Unlock()
 		return false
 	}
-	r := s.takeOldest()
+	r := s.takePending(0)
+	r.refusals++
+	refusals := r.refusals
 	s.mu.Unlock()
-	r.lease.handleDenied(rpctypes.Error(err))
+	r.lease.handleDenied(rpctypes.Error(err), refusals)
 	return true
 }

@@ -623,7 +623,7 @@ func TestLeaseWhoseTimeIsOverWhenItIsGrantedIsAnError(t *testing.T) {
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		err := invoker(ctx, method, req, reply, cc, opts...)
 		if strings.HasSuffix(method, "/LeaseGrant") {
-			sleep(ctx, 2*time.Second)
+			time.Sleep(2 * time.Second)
 		}
 		return err
 	})
@@ -632,18 +632,38 @@ func TestLeaseWhoseTimeIsOverWhenItIsGrantedIsAnError(t *testing.T) {
 	require.ErrorIs(t, err, ErrLeaseExpired)
 }
 
-func TestAnOutageLeavesABoundedNumberOfGoroutines(t *testing.T) {
+func TestLeaseCleanupsOfAnOutageAreBoundedAndAllDone(t *testing.T) {
+	const n = 300
 	cluster := etcdtest.Start(t, 1)
-	client := cluster.Client(t)
-	require.NoError(t, cluster.Stop(0))
+	direct := cluster.Client(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, link.Endpoint())
+	_, err := client.Get(t.Context(), "connect")
+	require.NoError(t, err)
+	link.DropReplies()
 	before := runtime.NumGoroutine()
-	for range 3 * cap(revokeSlots) {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
-		_, err := NewLease(ctx, client, time.Hour)
-		cancel()
-		require.ErrorIs(t, err, context.DeadlineExceeded)
+	var all sync.WaitGroup
+	for range n {
+		all.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			_, err := NewLease(ctx, client, time.Hour)
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(err)
+			}
+		})
 	}
-	require.Less(t, runtime.NumGoroutine(), before+2*cap(revokeSlots))
+	all.Wait()
+	require.Less(t, runtime.NumGoroutine(), before+4*maxCleaners, "a worker has a few of gRPC's")
+	eventually(t, func() bool { return len(leases(t, direct)) > 0 }, "the server has granted them")
+	link.Heal()
+	eventually(t, func() bool { return len(leases(t, direct)) == 0 }, "all are revoked")
 	require.NoError(t, client.Close())
-	eventually(t, func() bool { return len(revokeSlots) == 0 }, "the client's end ends them")
+	eventually(t, func() bool { return cleanerOf(client) == nil }, "the client's end ends the cleanups")
+}
+
+func cleanerOf(client *clientv3.Client) *cleaner {
+	cleaners.Lock()
+	defer cleaners.Unlock()
+	return cleaners.byClient[client]
 }

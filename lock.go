@@ -324,7 +324,7 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 		config:  &l.config,
 		policy:  c.retry,
 		name:    name,
-		key:     lease.reserveKey(name),
+		key:     lease.reserveKey(name, c.client),
 		value:   c.value,
 		leaseID: lease.id,
 	}
@@ -566,7 +566,7 @@ func (l *Lock) removeKey() error {
 		l.lease.freeKey(l.queue.key)
 		return nil
 	}
-	l.lease.sweeper.add(&sweptKey{ctx: context.WithoutCancel(l.ctx), queue: &l.queue})
+	l.lease.discardKey(l.queue.key, l.queue.writes.mayStillApply, l.queue.remove)
 	if err == nil {
 		return nil
 	}
@@ -588,12 +588,10 @@ func (l *Lock) discard() {
 func (l *Lock) removeLeft() {
 	switch {
 	case !l.shared:
-		if err := l.lease.Close(); errors.Is(err, ErrUnknownOutcome) {
-			revokeInBackground(l.ctx, &l.config, l.lease.id, l.lease.ttl, min(l.lease.ttl, lateWindow))
-		}
+		l.lease.discard()
 	case l.queue.unwritten():
 		l.lease.freeKey(l.queue.key)
 	default:
-		l.lease.sweeper.remove(l)
+		l.lease.discardKey(l.queue.key, l.queue.writes.mayStillApply, l.queue.remove)
 	}
 }
