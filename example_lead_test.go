@@ -57,3 +57,29 @@ func ExampleHolder() {
 	// true
 	// node-7 true <nil>
 }
+
+func ExampleWatchHolder() {
+	ctx, client := context.Background(), exampleClient()
+
+	holders, err := etcdutil.WatchHolder(ctx, client, "jobs/watched")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer holders.Close()
+	go func() {
+		_ = etcdutil.Do(ctx, client, "jobs/watched", func(context.Context) error { return nil }, etcdutil.WithValue("node-7"))
+	}()
+	for e := range holders.Events() {
+		switch e.Type {
+		case etcdutil.EventPut:
+			fmt.Println(e.Value.Value, "holds it")
+		case etcdutil.EventDelete:
+			fmt.Println("nobody holds it")
+			return
+		}
+	}
+	// Output:
+	// node-7 holds it
+	// nobody holds it
+}

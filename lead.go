@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -215,7 +216,7 @@ func (s *holderScan) run(ctx context.Context) (*mvccpb.KeyValue, Revision, error
 		if seen == 0 {
 			seen = page.Header.Revision
 		}
-		kv, rev, err := s.firstLeased(ctx, s.directlyBelow(page.Kvs))
+		kv, rev, err := s.firstLeased(ctx, olderChildren(s.name, page.Kvs, math.MaxInt64))
 		switch {
 		case err != nil:
 			return nil, 0, err
@@ -241,17 +242,6 @@ func (s *holderScan) oldestKeys(ctx context.Context, from Revision, limit int64)
 	})
 }
 
-// directlyBelow returns the keys that have a contender's form.
-func (s *holderScan) directlyBelow(kvs []*mvccpb.KeyValue) []*mvccpb.KeyValue {
-	var direct []*mvccpb.KeyValue
-	for _, kv := range kvs {
-		if !bytes.Contains(kv.Key[len(prefix(s.name)):], []byte("/")) {
-			direct = append(direct, kv)
-		}
-	}
-	return direct
-}
-
 // firstLeased returns the first of keys that has a lease, with its value, and the revision at which
 // that was so; nil if none has one.
 func (s *holderScan) firstLeased(ctx context.Context, keys []*mvccpb.KeyValue) (*mvccpb.KeyValue, Revision, error) {
@@ -270,7 +260,7 @@ func (s *holderScan) firstLeased(ctx context.Context, keys []*mvccpb.KeyValue) (
 // getLeased reads a key if it has a lease and is still the one that was seen.
 func (s *holderScan) getLeased(ctx context.Context, kv *mvccpb.KeyValue) (*mvccpb.KeyValue, Revision, error) {
 	resp, err := retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return s.c.client.Txn(ctx).If(isLeased(kv)...).Then(clientv3.OpGet(string(kv.Key))).Else(getMeta(kv)).Commit()
+		return s.c.client.Txn(ctx).If(stillLeased(kv)...).Then(clientv3.OpGet(string(kv.Key))).Else(getMeta(kv)).Commit()
 	})
 	if err != nil {
 		return nil, 0, err
@@ -290,7 +280,7 @@ func (s *holderScan) skipStrays(ctx context.Context, keys []*mvccpb.KeyValue) ([
 	}
 	checks := make([]clientv3.Op, min(len(keys), leaseChecks))
 	for i := range checks {
-		checks[i] = clientv3.OpTxn(isLeased(keys[i]), nil, []clientv3.Op{getMeta(keys[i])})
+		checks[i] = clientv3.OpTxn(stillLeased(keys[i]), nil, []clientv3.Op{getMeta(keys[i])})
 	}
 	resp, err := retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return s.c.client.Txn(ctx).Then(checks...).Commit()
@@ -315,13 +305,220 @@ func (s *holderScan) noteStray(seen *mvccpb.KeyValue, now []*mvccpb.KeyValue) {
 	}
 }
 
-func isLeased(kv *mvccpb.KeyValue) []clientv3.Cmp {
-	return []clientv3.Cmp{
-		clientv3.Compare(clientv3.CreateRevision(string(kv.Key)), "=", kv.CreateRevision),
-		clientv3.Compare(clientv3.LeaseValue(string(kv.Key)), "!=", clientv3.NoLease),
+func getMeta(kv *mvccpb.KeyValue) clientv3.Op {
+	return clientv3.OpGet(string(kv.Key), clientv3.WithKeysOnly())
+}
+
+// WatchHolder follows who holds the lock of this name, or leads by it. Read [Watcher.Events]; Close
+// the watcher, or end ctx, when you are done. It sends:
+//   - EventPut for each new holder, and when a holder changes its value. Value is the [Contender].
+//   - EventDelete when the holder is gone and nobody follows. Key is that of the last holder.
+//   - EventSynced after the first look, and after each look that follows missed changes. Before the
+//     first one comes an EventPut if somebody holds the lock.
+//
+// A waiter is never sent as the holder, nor is the key of somebody else below the name: see
+// [Holder]. If one holder follows another at once there is no EventDelete between them. A holder
+// may be left out if the next one follows before it was read. A vacancy is sent within 1 s while
+// etcd can be reached.
+//
+// Event.Revision and [Watcher.Revision] are revisions at which this was the holder. Event.Version is
+// that of the holder's key. The watcher outlives outages, compaction and restores, like one with
+// WithSnapshot. It costs one watch and, for each new holder, two small requests, however many
+// contend. While nobody holds the lock it watches all keys below the name.
+//
+// [WithPrev] sets Event.Prev to the holder before. [WithSnapshot] changes nothing. Every [Option]
+// works as in [Watch].
+//
+// Errors:
+//   - [ErrInvalidName], or an error that names the option: WithPrefix, WithRevision and WithCodec
+//     are refused.
+//   - rpctypes.ErrPermissionDenied, which also ends the watcher later.
+//   - ctx's end, or what etcd answered when [RetryPolicy] gave up, which bounds this call only.
+func WatchHolder(ctx context.Context, client *clientv3.Client, name string, opts ...WatchOption) (*Watcher[Contender], error) {
+	if err := requireClient(ctx, client); err != nil {
+		return nil, err
+	}
+	c := watchConfig{config: newConfig(client)}
+	for _, o := range opts {
+		o.applyWatch(&c)
+	}
+	c.finish()
+	if err := c.validateHolder(name); err != nil {
+		return nil, err
+	}
+	kv, rev, err := oldestContender(ctx, &c.config, name)
+	if err != nil {
+		return nil, fmt.Errorf("etcdutil: watch the holder of %q: %w", name, err)
+	}
+	decode := func(kv *mvccpb.KeyValue) (Contender, error) { return contenderOf(name, kv), nil }
+	return newFedWatcher(ctx, decode, func(ctx context.Context, q *queue) {
+		f := &holderFeed{watchConfig: c, name: name, queue: q}
+		f.retry = untilDone
+		f.send(kv, rev, true)
+		f.run(ctx)
+	}), nil
+}
+
+func (c *watchConfig) validateHolder(name string) error {
+	if err := validateName(name); err != nil {
+		return err
+	}
+	for option, given := range map[string]bool{
+		"WithPrefix":   c.prefix,
+		"WithRevision": c.from != 0,
+		"WithCodec":    c.codec != nil,
+	} {
+		if given {
+			return fmt.Errorf("etcdutil: %s cannot be used with WatchHolder", option)
+		}
+	}
+	return c.retry.validate()
+}
+
+// A holderFeed follows who holds a lock, and queues what has changed. It watches the holder's key,
+// so that waiters cost nothing, or all keys below the name while there is no holder.
+type holderFeed struct {
+	watchConfig
+	name  string
+	queue *queue
+
+	holder *mvccpb.KeyValue // as last sent; nil if there is none
+	at     Revision         // when that was so
+}
+
+func (f *holderFeed) run(ctx context.Context) {
+	for {
+		err := f.follow(ctx)
+		switch {
+		case err == nil:
+		case errors.Is(err, errHolderGone):
+			err = f.look(ctx, false)
+		case errors.Is(err, ErrGap):
+			f.reporter.watchResynced(WatchEvent{Key: f.name, Err: err})
+			sleep(ctx, f.retry.withDefaults().backoff(1))
+			err = f.look(ctx, true)
+		}
+		if err != nil {
+			f.end(ctx, err)
+			return
+		}
+		f.queue.awaitRoom(ctx)
 	}
 }
 
-func getMeta(kv *mvccpb.KeyValue) clientv3.Op {
-	return clientv3.OpGet(string(kv.Key), clientv3.WithKeysOnly())
+// look reads who holds the lock, and queues what is new.
+func (f *holderFeed) look(ctx context.Context, synced bool) error {
+	kv, rev, err := oldestContender(ctx, &f.config, f.name)
+	if err == nil {
+		f.send(kv, rev, synced)
+	}
+	return err
+}
+
+// end queues why the feed ended, unless its context did.
+func (f *holderFeed) end(ctx context.Context, err error) {
+	if ctx.Err() == nil {
+		f.queue.push(change{end: fmt.Errorf("etcdutil: watch the holder of %q: %w", f.name, err)})
+	}
+}
+
+// send queues the difference between the holder that was sent last and kv, as of revision rev.
+func (f *holderFeed) send(kv *mvccpb.KeyValue, rev Revision, synced bool) {
+	var changes []change
+	switch {
+	case kv == nil && f.holder != nil:
+		changes = append(changes, f.change(EventDelete, &mvccpb.KeyValue{Key: f.holder.Key, ModRevision: rev}))
+	case kv != nil && !sameHolder(kv, f.holder):
+		changes = append(changes, f.change(EventPut, &mvccpb.KeyValue{
+			Key: kv.Key, Value: kv.Value, CreateRevision: kv.CreateRevision, ModRevision: rev, Version: kv.Version, Lease: kv.Lease,
+		}))
+	}
+	if synced {
+		changes = append(changes, change{kind: EventSynced})
+	}
+	if len(changes) == 0 {
+		changes = append(changes, change{})
+	}
+	changes[len(changes)-1].upTo = rev
+	f.queue.push(changes...)
+	f.holder, f.at = kv, rev
+}
+
+func (f *holderFeed) change(kind EventType, kv *mvccpb.KeyValue) change {
+	c := change{kind: kind, kv: kv}
+	if f.prev {
+		c.prev = f.holder
+	}
+	return c
+}
+
+// sameHolder reports whether a and b are one holder with one value. Its version may differ: each
+// Commit raises it.
+func sameHolder(a, b *mvccpb.KeyValue) bool {
+	return b != nil && a.CreateRevision == b.CreateRevision && a.Lease == b.Lease &&
+		bytes.Equal(a.Key, b.Key) && bytes.Equal(a.Value, b.Value)
+}
+
+// errHolderGone says that the holder's key was deleted, or has lost its lease.
+var errHolderGone = errors.New("etcdutil: the holder is gone")
+
+// follow watches from the last revision on, and queues what is new. It returns nil when another key
+// is to be watched, and else why the watch ended.
+func (f *holderFeed) follow(ctx context.Context) error {
+	c := f.watchConfig
+	c.snapshot, c.prev, c.from = false, false, f.at+1
+	key, next := prefix(f.name), f.whileVacant
+	if c.prefix = f.holder == nil; !c.prefix {
+		key, next = string(f.holder.Key), f.whileHeld
+	}
+	began := time.Now()
+	w, err := newWatcherOf(ctx, key, &c, func(kv *mvccpb.KeyValue) (*mvccpb.KeyValue, error) { return kv, nil })
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	if time.Since(began) > restoreTime {
+		if err := f.recheck(ctx); err != nil {
+			return err
+		}
+	}
+	for e := range w.Events() {
+		if done, err := next(e); done || err != nil {
+			return err
+		}
+		f.queue.awaitRoom(ctx)
+	}
+	return context.Cause(w)
+}
+
+// restoreTime is less than it takes to restore etcd. A watch that stands sooner continues the
+// history that was looked at.
+const restoreTime = 250 * time.Millisecond
+
+// recheck returns ErrGap if the last look is out of date.
+func (f *holderFeed) recheck(ctx context.Context) error {
+	kv, rev, err := oldestContender(ctx, &f.config, f.name)
+	if err == nil && (rev < f.at || (kv == nil) != (f.holder == nil) || kv != nil && !sameHolder(kv, f.holder)) {
+		return fmt.Errorf("%w: etcd could not be watched for %v", ErrGap, restoreTime)
+	}
+	return err
+}
+
+// whileVacant takes a change of any key below the name. The first contender is the holder.
+func (f *holderFeed) whileVacant(e Event[*mvccpb.KeyValue]) (done bool, err error) {
+	if e.Type != EventPut || e.Value.Lease == 0 || len(olderChildren(f.name, []*mvccpb.KeyValue{e.Value}, math.MaxInt64)) == 0 {
+		f.send(nil, e.Revision-1, false) // its transaction may go on
+		return false, nil
+	}
+	f.send(e.Value, e.Revision, false)
+	return true, nil
+}
+
+// whileHeld takes a change of the holder's key.
+func (f *holderFeed) whileHeld(e Event[*mvccpb.KeyValue]) (done bool, err error) {
+	if e.Type != EventPut || e.Value.Lease == 0 || e.Value.CreateRevision != f.holder.CreateRevision {
+		return true, errHolderGone
+	}
+	f.send(e.Value, e.Revision, false)
+	return false, nil
 }

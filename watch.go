@@ -23,6 +23,7 @@ type Watcher[T any] struct {
 	pumping  sync.WaitGroup
 	stopped  chan struct{} // closed after last is set
 	last     Revision
+	decode   func(kv *mvccpb.KeyValue) (T, error) // nil: by the codec
 }
 
 // EventType says what an [Event] is.
@@ -182,7 +183,13 @@ func Watch[T any](ctx context.Context, client *clientv3.Client, key string, opts
 }
 
 func newWatcher[T any](ctx context.Context, key string, c *watchConfig) (*Watcher[T], error) {
+	return newWatcherOf[T](ctx, key, c, nil)
+}
+
+// newWatcherOf is newWatcher with a function that decodes whole keys, unless it is nil.
+func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode func(kv *mvccpb.KeyValue) (T, error)) (*Watcher[T], error) {
 	w := &Watcher[T]{
+		decode:   decode,
 		codec:    c.codec,
 		events:   make(chan Event[T]),
 		revision: make(chan Revision),
@@ -202,6 +209,22 @@ func newWatcher[T any](ctx context.Context, key string, c *watchConfig) (*Watche
 	}
 	go w.deliver(w.feed.start) // until the context ends, or the feed's end is delivered
 	return w, nil
+}
+
+// newFedWatcher returns a Watcher, whose parent is ctx, that delivers what run pushes to its queue.
+// run returns when its context ends, or after it has pushed an end.
+func newFedWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error), run func(ctx context.Context, q *queue)) *Watcher[T] {
+	w := &Watcher[T]{
+		decode:   decode,
+		feed:     &feed{queue: newQueue()},
+		events:   make(chan Event[T]),
+		revision: make(chan Revision),
+		stopped:  make(chan struct{}),
+	}
+	w.init(ctx)
+	w.pumping.Go(func() { run(w.ctx, w.feed.queue) })
+	go w.deliver(0) // until the context ends, or the end is delivered
+	return w
 }
 
 // Events is where the events come from. It is closed when the watcher has ended, at once if it was closed or its parent
@@ -290,16 +313,23 @@ func (w *Watcher[T]) event(c change) Event[T] {
 	}
 	e.Key, e.Version, e.Revision = string(c.kv.Key), c.kv.Version, c.kv.ModRevision
 	if c.prev != nil {
-		if prev, err := decode[T](w.codec, c.prev.Value); err == nil {
+		if prev, err := w.valueOf(c.prev); err == nil {
 			e.Prev = &prev
 		}
 	}
 	if c.kind == EventPut {
-		if e.Value, e.Err = decode[T](w.codec, c.kv.Value); e.Err != nil {
+		if e.Value, e.Err = w.valueOf(c.kv); e.Err != nil {
 			e.Type, e.Raw = EventInvalid, bytes.Clone(c.kv.Value)
 		}
 	}
 	return e
+}
+
+func (w *Watcher[T]) valueOf(kv *mvccpb.KeyValue) (T, error) {
+	if w.decode != nil {
+		return w.decode(kv)
+	}
+	return decode[T](w.codec, kv.Value)
 }
 
 // change is what a feed has for its watcher: an event, how far the feed has come, or its end.
