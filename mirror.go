@@ -80,7 +80,7 @@ func NewMirror[T any](ctx context.Context, client *clientv3.Client, key string, 
 	}
 	m, err := newMirror[T](ctx, key, c)
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: mirror %q: %w", key, err)
+		return nil, errorf("mirror %q: %w", key, err)
 	}
 	return m, nil
 }
@@ -88,9 +88,9 @@ func NewMirror[T any](ctx context.Context, client *clientv3.Client, key string, 
 func (c *watchConfig) validateMirror(key string) error {
 	switch {
 	case c.from != 0:
-		return errors.New("etcdutil: WithRevision cannot be used with NewMirror, which begins with the current keys")
+		return errorf("WithRevision cannot be used with NewMirror, which begins with the current keys")
 	case c.prev:
-		return errors.New("etcdutil: WithPrev cannot be used with NewMirror, which has no events")
+		return errorf("WithPrev cannot be used with NewMirror, which has no events")
 	}
 	return c.validate(key)
 }
@@ -210,7 +210,8 @@ func (m *Mirror[T]) follow(w *Watcher[decoded[T]]) (synced bool) {
 // decode, it is the last one that did; see [Mirror.Invalid]. ok is false if there is none.
 //
 // Get never blocks, and takes no lock. Each Get reads the newest copy: for two values of one
-// revision use [Mirror.All]. Values are shared by all readers: nobody may change what they point to.
+// revision use [Mirror.All]. Values are shared by all readers: nobody may change what they point
+// to.
 func (m *Mirror[T]) Get(key string) (v T, ok bool) {
 	have, ok := m.current.Load().values.get(key)
 	return have.value, ok
@@ -245,8 +246,8 @@ func (m *Mirror[T]) Invalid() iter.Seq2[string, error] {
 	}
 }
 
-// Revision returns etcd's revision of which the copy is. It moves on though no mirrored key changes,
-// and goes back only if etcd was restored from a backup.
+// Revision returns etcd's revision of which the copy is. It moves on though no mirrored key
+// changes, and goes back only if etcd was restored from a backup.
 func (m *Mirror[T]) Revision() Revision { return m.current.Load().revision }
 
 // AsOf returns a time at which the copy was what etcd had. What was written before that time has
@@ -263,12 +264,13 @@ func (m *Mirror[T]) AsOf() time.Time { return *m.asOf.Load() }
 // [Receiver.Recv] says.
 func (m *Mirror[T]) Changes() *Receiver[Revision] { return m.changes.Receiver() }
 
-// Wait waits until the copy is of revision r or later. To read your own write, wait for the revision
-// in its response's header, whatever key it was that you wrote.
+// Wait waits until the copy is of revision r or later. To read your own write, wait for the
+// revision in its response's header, whatever key it was that you wrote.
 //
-// It asks etcd how far the watch has come, so that it takes a round trip or two. A revision of before a
-// restore may never come. ctx bounds this call: its end gives an error that Is ctx.Err() and
-// context.Cause(ctx). After the mirror's end Wait returns the cause, unless the copy had come to r.
+// It asks etcd how far the watch has come, so that it takes a round trip or two. A revision of
+// before a restore may never come. ctx bounds this call: its end gives an error that Is ctx.Err()
+// and context.Cause(ctx). After the mirror's end Wait returns the cause, unless the copy had come
+// to r.
 func (m *Mirror[T]) Wait(ctx context.Context, r Revision) error {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -277,7 +279,7 @@ func (m *Mirror[T]) Wait(ctx context.Context, r Revision) error {
 		return nil
 	}
 	if err := m.await(ctx, m.reports.Receiver(), r); err != nil {
-		return fmt.Errorf("etcdutil: wait for revision %d of mirror %q: %w", r, m.key, err)
+		return errorf("wait for revision %d of mirror %q: %w", r, m.key, err)
 	}
 	return nil
 }
@@ -325,18 +327,21 @@ func (m *Mirror[T]) keepVerifying() {
 	}
 }
 
-// verify moves AsOf to now, if the copy is up to date. It reads the store's revision, from the quorum.
-// If the copy is of another, verify waits for the watch to report that it has come so far. A report
-// from before the read would prove nothing, because etcd may have been restored since.
+// verify moves AsOf to now, if the copy is up to date. It reads the store's revision, from the
+// quorum. If the copy is of another, verify waits for the watch to report that it has come so far.
+// A report from before the read would prove nothing, because etcd may have been restored since.
 func (m *Mirror[T]) verify() {
-	ctx, cancel := context.WithTimeout(clientv3.WithRequireLeader(m.ctx), verifyTimeout)
+	ctx, cancel := context.WithTimeout(m.ctx, verifyTimeout)
 	defer cancel()
 	sent := time.Now()
 	key := m.key
 	if key == "" {
 		key = "\x00" // etcd reads no empty key
 	}
-	resp, err := m.config.client.Get(ctx, key, clientv3.WithKeysOnly())
+	once := RetryPolicy{Attempts: 1, AttemptTimeout: verifyTimeout}
+	resp, err := retryRead(ctx, &m.config.config, once, "verify mirror", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return m.config.client.Get(ctx, key, clientv3.WithKeysOnly())
+	})
 	if err != nil {
 		return
 	}
@@ -354,6 +359,7 @@ func (m *Mirror[T]) verify() {
 func (m *Mirror[T]) Close() error {
 	m.shutdown(ErrClosed)
 	m.running.Wait()
+	m.config.reporter.flush()
 	if cause := context.Cause(m.stopCtx); cause != ErrClosed {
 		return cause
 	}

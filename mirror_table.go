@@ -8,10 +8,11 @@ import (
 	"sync/atomic"
 )
 
-// table is a map that never changes: a [tableEdit] makes another one, which shares with it what is the same. So a reader needs
-// no lock, and what it has read stays of one revision.
+// table is a map that never changes: a [tableEdit] makes another one, which shares with it what is
+// the same. So a reader needs no lock, and what it has read stays of one revision.
 //
-// It is an array of shards, in pages: an edit copies the shards and pages that it changes, and no more.
+// It is an array of shards, in pages: an edit copies the shards and pages that it changes, and no
+// more.
 type table[V any] struct {
 	pages [][]shard[V]
 	mask  uint64 // one less than the number of shards, a power of two
@@ -19,7 +20,8 @@ type table[V any] struct {
 	order *keyOrder
 }
 
-// shard has the keys of one part of the hashes. A key's tag, a byte of its hash, is found faster than the key.
+// shard has the keys of one part of the hashes. A key's tag, a byte of its hash, is found faster
+// than the key.
 type shard[V any] struct {
 	tags  []byte
 	items []item[V]
@@ -98,8 +100,9 @@ func (t *table[V]) sorted() iter.Seq2[string, V] {
 	}
 }
 
-// keyOrder is the order of a table's keys. It is shared by the tables that have the same keys, and made when it is first
-// needed: from an earlier order, if few keys came and went since, or else by sorting.
+// keyOrder is the order of a table's keys. It is shared by the tables that have the same keys, and
+// made when it is first needed: from an earlier order, if few keys came and went since, or else by
+// sorting.
 type keyOrder struct {
 	keys    atomic.Pointer[[]string] // nil until made
 	base    []string                 // an earlier order; nil if there is none
@@ -125,7 +128,8 @@ func (t *table[V]) keys() []string {
 	return keys
 }
 
-// mergeOrder returns the keys in order: those of base, which is in order, less or plus those that changed.
+// mergeOrder returns the keys in order: those of base, which is in order, less or plus those that
+// changed.
 func (t *table[V]) mergeOrder(base, changed []string) []string {
 	changed = slices.Compact(slices.Sorted(slices.Values(changed)))
 	keys := make([]string, 0, t.len)

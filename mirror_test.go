@@ -36,7 +36,8 @@ func mustWait[T any](t testing.TB, m *Mirror[T], rev Revision) {
 	require.NoError(t, m.Wait(ctx, rev))
 }
 
-// requireMirrors waits until a mirror has come to where etcd is, and requires that it has what etcd has.
+// requireMirrors waits until a mirror has come to where etcd is, and requires that it has what etcd
+// has.
 func requireMirrors(t testing.TB, client *clientv3.Client, m *Mirror[string], prefix string) {
 	t.Helper()
 	mustWait(t, m, stateRevision(t, client))
@@ -50,7 +51,8 @@ func requireMirrors(t testing.TB, client *clientv3.Client, m *Mirror[string], pr
 	}
 }
 
-// requireMirrorsWithin requires that a mirror has what etcd has within the bound that the docs give.
+// requireMirrorsWithin requires that a mirror has what etcd has within the bound that the docs
+// give.
 func requireMirrorsWithin(t testing.TB, d time.Duration, client *clientv3.Client, m *Mirror[string], prefix string) {
 	t.Helper()
 	want := stateOf(t, client, prefix)
