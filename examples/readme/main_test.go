@@ -121,3 +121,42 @@ func TestQuickStartOfMirrorsReadsItsOwnWrite(t *testing.T) {
 	require.True(t, out.contains("0 settings; search: {0}, false"))
 	require.True(t, out.contains("search: {10}"))
 }
+
+func TestReadinessProbeFailsBehindABlackHole(t *testing.T) {
+	t.Parallel()
+	link := etcdtest.StartLink(t, etcdtest.Start(t, 1).Endpoints()[0])
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}})
+	require.NoError(t, err)
+	defer client.Close()
+	lease, err := etcdutil.NewLease(t.Context(), client, 30*time.Second)
+	require.NoError(t, err)
+	settings, err := etcdutil.NewMirror[Setting](t.Context(), client, "settings/", etcdutil.WithPrefix())
+	require.NoError(t, err)
+	isReady := func() bool { return ready(lease, settings) }
+
+	require.True(t, isReady())
+	link.Cut()
+	require.Eventually(t, func() bool { return !isReady() }, patience, 10*time.Millisecond)
+	link.Heal()
+	require.Eventually(t, isReady, patience, 10*time.Millisecond)
+	require.NoError(t, lease.Close())
+	require.False(t, isReady())
+	require.NoError(t, settings.Close())
+}
+
+func TestReadinessProbeFailsWhenRenewalsAreLate(t *testing.T) {
+	t.Parallel()
+	link := etcdtest.StartLink(t, etcdtest.Start(t, 1).Endpoints()[0])
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}})
+	require.NoError(t, err)
+	defer client.Close()
+	lease, err := etcdutil.NewLease(t.Context(), client, 4*time.Second)
+	require.NoError(t, err)
+	settings, err := etcdutil.NewMirror[Setting](t.Context(), client, "settings/", etcdutil.WithPrefix())
+	require.NoError(t, err)
+	defer settings.Close()
+
+	link.Cut()
+	require.Eventually(t, func() bool { return !ready(lease, settings) }, patience, 10*time.Millisecond)
+	require.NoError(t, lease.Err(), "the probe fails before the lease is lost")
+}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log"
+	"time"
 
 	"example.com/etcdutil"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -47,4 +48,10 @@ func limit(ctx context.Context, client *clientv3.Client) error {
 	search, _ = settings.Get("settings/search")
 	log.Printf("search: %v", search)
 	return nil
+}
+
+// ready is the probe of docs/behavior.md.
+func ready(lease *etcdutil.Lease, settings *etcdutil.Mirror[Setting]) bool {
+	return lease.Err() == nil && time.Until(lease.Expiry()) > lease.TTL()/3 &&
+		time.Since(settings.AsOf()) < 3*time.Second
 }
