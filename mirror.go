@@ -30,7 +30,7 @@ type Mirror[T any] struct {
 	current atomic.Pointer[mirrorCopy[T]]
 	asOf    atomic.Pointer[time.Time]
 	watcher atomic.Pointer[Watcher[decoded[T]]] // nil before the first
-	reports *Notify[Revision]                   // what the watch has come to, each time that etcd reports it
+	reports *Notify[Revision]                   // the revision that the watch has come to
 	changes *Notify[Revision]
 	running sync.WaitGroup
 }

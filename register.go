@@ -59,10 +59,11 @@ const (
 // [WithCodec], and every [Option]. A registration runs one goroutine beside those of a [Watcher].
 //
 // Errors:
-//   - an error that names the argument, if key is empty, v cannot be encoded, or an option is refused.
+//   - an error that names the argument, if key is empty, v cannot be encoded, or an option is
+//     refused.
 //   - rpctypes.ErrPermissionDenied if the key may not be read and written.
-//   - what etcd answered last, if [RetryPolicy] gave up. It counts for this call and for Set. The key
-//     may have been written then; its lease is revoked in the background, or expires.
+//   - what etcd answered last, if [RetryPolicy] gave up. It counts for this call and for Set. The
+//     key may have been written then; its lease is revoked in the background, or expires.
 //   - ctx's end.
 func Register[T any](ctx context.Context, client *clientv3.Client, key string, v T, opts ...RegisterOption) (*Registration[T], error) {
 	if err := requireClient(ctx, client); err != nil {
@@ -110,12 +111,12 @@ func (r *Registration[T]) Key() string { return r.keeper.key }
 //
 // ctx bounds this call, and so does RetryPolicy.Elapsed. It returns nil when the value is written,
 // and else:
-//   - [ErrUnknownOutcome] if etcd did not confirm that. The value is written when etcd can be reached,
-//     unless it was already, or another Set comes first.
-//   - [ErrReplaced] or [ErrClosed] if the registration has ended so, or its parent's end. The value is
-//     not written.
-//   - any other error, for example that v cannot be encoded or is too large, or ctx's end: the value is
-//     not written, and the earlier one is kept.
+//   - [ErrUnknownOutcome] if etcd did not confirm that. The value is written when etcd can be
+//     reached, unless it was already, or another Set comes first.
+//   - [ErrReplaced] or [ErrClosed] if the registration has ended so, or its parent's end. The value
+//     is not written.
+//   - any other error, for example that v cannot be encoded or is too large, or ctx's end: the
+//     value is not written, and the earlier one is kept.
 func (r *Registration[T]) Set(ctx context.Context, v T) error {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -136,8 +137,8 @@ func (r *Registration[T]) Set(ctx context.Context, v T) error {
 //
 // It returns nil when the key is removed, and else:
 //   - [ErrReplaced] if somebody else had registered the key. It is left as it is.
-//   - [ErrUnknownOutcome] if etcd did not confirm that. The error says by when the key will be gone,
-//     because its lease is no longer renewed.
+//   - [ErrUnknownOutcome] if etcd did not confirm that. The error says by when the key will be
+//     gone, because its lease is no longer renewed.
 func (r *Registration[T]) Close() error {
 	r.closing.Do(func() {
 		r.closeErr = r.keeper.release()
