@@ -63,13 +63,18 @@
 // # Leaders
 //
 // [Lead] runs a function whenever this process holds the lock of a name. After a loss it waits its
-// turn again. [Holder] reports who holds a lock, and so who leads.
+// turn again. [Holder] reports who holds a lock, and so who leads. [WatchHolder] follows that.
 //
 // # Logs
 //
 // A log is one key, and its entries are the key's versions. A [LogWriter] writes each entry
 // exactly once, under a lock. A [LogReader] reads the latest entry, or every one. Compaction
 // removes old entries, so a log is no archive: write a key for each entry that must be kept.
+//
+// # Registrations
+//
+// A [Registration] keeps a key in etcd, such as the address of a service, until it is closed. It
+// writes the key again after every loss. A newer registration of the same key takes it over.
 //
 // # Watches
 //
@@ -86,25 +91,26 @@
 //
 // An option in the wrong place does not compile, or is refused with an error that names it. The
 // columns of the table are named for what the constructors make. Lock stands for Acquire,
-// TryAcquire, Do and Lead, and Retry for Retry and Holder.
+// TryAcquire, Do and Lead, Writer and Reader for those of logs, Holder for WatchHolder, and Retry
+// for Retry and the function Holder.
 //
-//	                      Lease  Lock  LogWriter  LogReader  Watch  Mirror  Retry
-//	WithLogger              x     x        x          x        x      x       x
-//	WithObserver            x     x        x          x        x      x       x
-//	WithRetryPolicy         x     x        x          x        x      x       x
-//	WithKeepAliveInterval   x     x
-//	WithExpiryMargin        x     x
+//	                      Lease  Lock  Writer  Reader  Watch  Holder  Mirror  Register  Retry
+//	WithLogger              x     x      x       x       x      x       x        x        x
+//	WithObserver            x     x      x       x       x      x       x        x        x
+//	WithRetryPolicy         x     x      x       x       x      x       x        x        x
+//	WithKeepAliveInterval   x     x                                              x
+//	WithExpiryMargin        x     x                                              x
 //	WithMaxKeepAlives       x     x
-//	WithTTL                       x
+//	WithTTL                       x                                              x
 //	WithLease                     x
 //	WithValue                     x
 //	WithAcquireTimeout            x
-//	WithCodec                              x          x        x      x
-//	WithEveryEntry                                    x
-//	WithPrefix                                                 x      x
-//	WithPrev                                                   x
-//	WithRevision                                               x
-//	WithSnapshot                                               x
+//	WithCodec                            x       x       x              x        x
+//	WithEveryEntry                               x
+//	WithPrefix                                           x              x
+//	WithPrev                                             x      x
+//	WithRevision                                         x
+//	WithSnapshot                                         x
 //
 // The options of a lease and WithTTL shape a lock's own lease. They cannot be combined with
 // WithLease, whose lease has its own. WithRevision cannot be combined with WithSnapshot.

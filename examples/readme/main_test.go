@@ -122,6 +122,14 @@ func TestQuickStartOfMirrorsReadsItsOwnWrite(t *testing.T) {
 	require.True(t, out.contains("search: {10}"))
 }
 
+func TestQuickStartOfRegistrationsRemovesTheKey(t *testing.T) {
+	client := etcdtest.Start(t, 1).Client(t)
+	registered := func() string { return valueOf(t, client, "services/api/host-1") }
+	err := until(t, client, announce, func() bool { return registered() == `"10.0.0.7:8080"` })
+	require.ErrorIs(t, err, context.Canceled)
+	require.Empty(t, registered())
+}
+
 func TestReadinessProbeFailsBehindABlackHole(t *testing.T) {
 	t.Parallel()
 	link := etcdtest.StartLink(t, etcdtest.Start(t, 1).Endpoints()[0])

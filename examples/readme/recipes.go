@@ -50,6 +50,16 @@ func limit(ctx context.Context, client *clientv3.Client) error {
 	return nil
 }
 
+func announce(ctx context.Context, client *clientv3.Client) error {
+	r, err := etcdutil.Register(ctx, client, "services/api/host-1", "10.0.0.7:8080")
+	if err != nil {
+		return err
+	}
+	defer r.Close()         // removes the key
+	<-r.Done()              // serve here: the key is written again after every loss
+	return context.Cause(r) // ErrReplaced if another process has taken the key over
+}
+
 // ready is the probe of docs/behavior.md.
 func ready(lease *etcdutil.Lease, settings *etcdutil.Mirror[Setting]) bool {
 	return lease.Err() == nil && time.Until(lease.Expiry()) > lease.TTL()/3 &&
