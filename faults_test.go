@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,7 +18,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 )
 
@@ -155,6 +158,10 @@ type leaseServer struct {
 	mu      sync.Mutex
 	silent  atomic.Bool
 	streams atomic.Int64
+	grants  atomic.Int64 // asked for
+	refused int64        // the first so many grants are answered by an ambiguous error
+
+	reversed bool // five renewals are answered at a time, the last one first
 }
 
 func (s *leaseServer) setDelay(d time.Duration) {
@@ -195,6 +202,9 @@ func (s *leaseServer) start(t *testing.T) *clientv3.Client {
 
 func (s *leaseServer) LeaseGrant(_ context.Context, r *etcdserverpb.LeaseGrantRequest) (*etcdserverpb.LeaseGrantResponse, error) {
 	s.wait()
+	if s.grants.Add(1) <= s.refused {
+		return nil, status.Error(codes.Unavailable, "away")
+	}
 	return &etcdserverpb.LeaseGrantResponse{ID: r.ID, TTL: s.ttl}, nil
 }
 
@@ -204,6 +214,7 @@ func (s *leaseServer) LeaseRevoke(context.Context, *etcdserverpb.LeaseRevokeRequ
 
 func (s *leaseServer) LeaseKeepAlive(stream etcdserverpb.Lease_LeaseKeepAliveServer) error {
 	s.streams.Add(1)
+	var unanswered []int64
 	for {
 		r, err := stream.Recv()
 		if err != nil {
@@ -214,8 +225,15 @@ func (s *leaseServer) LeaseKeepAlive(stream etcdserverpb.Lease_LeaseKeepAliveSer
 			<-stream.Context().Done()
 			return nil
 		}
-		if err := stream.Send(&etcdserverpb.LeaseKeepAliveResponse{ID: r.ID, TTL: s.ttl}); err != nil {
-			return err
+		unanswered = append(unanswered, r.ID)
+		if s.reversed && len(unanswered) < 5 {
+			continue
 		}
+		for _, id := range slices.Backward(unanswered) {
+			if err := stream.Send(&etcdserverpb.LeaseKeepAliveResponse{ID: id, TTL: s.ttl}); err != nil {
+				return err
+			}
+		}
+		unanswered = nil
 	}
 }

@@ -342,8 +342,14 @@ func (l *Lease) discard() {
 	revokeInBackground(l.ctx, &l.config, l.id, l.ttl, 0)
 }
 
-// serverExpiry returns when a lease that is renewed no longer will have expired on the server.
-func (l *Lease) serverExpiry() string { return time.Now().Add(l.ttl).Format(time.RFC3339) }
+// serverExpiry returns when a lease that is renewed no longer will have expired on the server, in
+// whole seconds. A new leader grants each lease its TTL anew, and an election timeout.
+func (l *Lease) serverExpiry() string {
+	return time.Now().Add(l.ttl + electionTimeout + time.Second).Format(time.RFC3339)
+}
+
+// electionTimeout is etcd's default.
+const electionTimeout = time.Second
 
 // reserveKey returns a key for a lock of this name that no other lock on this lease has. client is the
 // lock's: if it is not the lease's, it may see other keys, in a namespace.
