@@ -382,6 +382,9 @@ func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) 
 			l.slots.removeAgain()
 		case err != nil:
 			return 0, err
+		case resp.TTL < 0:
+			l.markLost(ErrLeaseRevoked)
+			return 0, nil
 		default:
 			if err := removeKeys(ctx, l.config.client, l.id, l.slots.claimUnused(resp.Keys, l.id)); err != nil {
 				return 0, err
@@ -389,6 +392,12 @@ func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) 
 		}
 	}
 	return l.slots.settle(began), nil
+}
+
+// check asks etcd in the background for the lease and its keys: a key of its locks is gone.
+func (l *Lease) check() {
+	l.slots.requestList()
+	l.sweep.schedule()
 }
 
 // addLock has the lock stopped before the lease's own context is canceled, until removeLock.
@@ -460,9 +469,8 @@ func (l *Lease) markLate() {
 	}
 }
 
-// handleRenewal takes the answer to the renewal that was sent at sentAt. reopened says that it is the
-// lease's first one on this stream.
-func (l *Lease) handleRenewal(sentAt time.Time, ttl time.Duration, reopened bool) {
+// handleRenewal takes the answer to the renewal that was sent at sentAt.
+func (l *Lease) handleRenewal(sentAt time.Time, ttl time.Duration) {
 	if ttl <= 0 {
 		l.markLost(ErrLeaseRevoked)
 		return
@@ -471,7 +479,7 @@ func (l *Lease) handleRenewal(sentAt time.Time, ttl time.Duration, reopened bool
 	if !l.extend(sentAt, ttl) {
 		l.stopRenewing()
 	}
-	if l.slots.mayHaveUnused(reopened) {
+	if l.slots.mayHaveUnused() {
 		l.sweep.schedule()
 	}
 }
@@ -560,7 +568,6 @@ type keySlots struct {
 	slots   map[string]*keySlot // those that are not free
 	count   int64               // of all reservations
 	foreign bool                // a lock of another client uses some, which a list may show otherwise
-	doubted bool                // a key may have been written late
 	list    bool                // the keys on the lease are to be listed
 	pause   time.Duration       // until the next sweep
 }
@@ -604,7 +611,7 @@ func (s *keySlots) discard(key string, late bool, remove func(ctx context.Contex
 	s.slots[key] = &keySlot{remove: remove, late: late}
 	s.pause = defaultInitial
 	if late {
-		s.doubted, s.list = true, true
+		s.list = true
 	}
 }
 
@@ -666,14 +673,20 @@ func (s *keySlots) removeAgain() {
 	}
 }
 
-// mayHaveUnused reports, at a renewal, whether the lease may have keys that no lock uses: a request that
-// was given up may arrive at any time, and if the stream was reopened etcd may have been restored from
-// a backup.
-func (s *keySlots) mayHaveUnused(reopened bool) bool {
+// mayHaveUnused reports, at a renewal, whether the lease may have keys that no lock uses. Once a lock has
+// ended it may: a request that was sent twice may arrive at any time, and a backup may be restored.
+func (s *keySlots) mayHaveUnused() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.list = s.list || s.doubted || reopened && s.count > int64(len(s.slots))
+	s.list = s.list || s.count > int64(len(s.slots))
 	return s.list
+}
+
+// requestList has the next sweep ask for the lease and its keys.
+func (s *keySlots) requestList() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.list = true
 }
 
 func (s *keySlots) mustList() bool {

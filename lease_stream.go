@@ -36,7 +36,6 @@ type renewStream struct {
 	stuckMember  string     // the member that last owed an answer for too long; "" after an answer
 	reopen       context.CancelFunc
 	reopens      int   // since the last answer
-	opened       int   // streams so far
 	failure      error // why the last stream failed; nil after an answer
 }
 
@@ -52,7 +51,6 @@ type renewal struct {
 	state    renewalState
 	sentAt   time.Time
 	refusals int // since the last answer
-	opening  int // the stream that gave the last answer; 0 before the first
 }
 
 type renewalState int
@@ -322,7 +320,6 @@ func (s *renewStream) open(ctx context.Context, timeout time.Duration, cancel co
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lastAnswerAt, s.member, s.reopen = time.Now(), memberOf(stream), cancel
-	s.opened++
 	return stream, nil
 }
 
@@ -416,11 +413,11 @@ func (s *renewStream) takeAnswer(resp *etcdserverpb.LeaseKeepAliveResponse) bool
 		return false
 	}
 	r := s.takePending(i)
-	sentAt, reopened := r.sentAt, r.opening != 0 && r.opening != s.opened
-	r.refusals, r.opening = 0, s.opened
+	sentAt := r.sentAt
+	r.refusals = 0
 	s.lastAnswerAt, s.stuckMember, s.reopens, s.failure = time.Now(), "", 0, nil
 	s.mu.Unlock()
-	r.lease.handleRenewal(sentAt, time.Duration(resp.TTL)*time.Second, reopened)
+	r.lease.handleRenewal(sentAt, time.Duration(resp.TTL)*time.Second)
 	return true
 }
 

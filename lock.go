@@ -391,13 +391,14 @@ func (l *Lock) handleLeaseEnd() {
 	l.cancel(context.Cause(l.lease.ctx))
 }
 
-// keyDeleted ends the lock, whose key is gone, and returns its stopCause. It asks nobody why: the loss
-// must be reported at once.
+// keyDeleted ends the lock, whose key is gone, and returns its stopCause. Why it is gone is asked only
+// afterwards, for the lease's sake: the loss must be reported at once.
 func (l *Lock) keyDeleted() error {
 	if stopped := l.stopCause(); stopped != nil {
 		return stopped
 	}
 	l.stopWith(errorf("%w: the key of %q was deleted", ErrLockLost, l.queue.name))
+	l.lease.check()
 	return context.Cause(l.stopCtx)
 }
 

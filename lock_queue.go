@@ -459,11 +459,13 @@ func (c *contender) watchOwnFrom(ctx context.Context, from Revision, failed int)
 
 // lookOwn reports whether the own key is there, and as of which revision.
 func (c *contender) lookOwn(ctx context.Context) (now Revision, exists bool, err error) {
-	resp, err := readTxn(ctx, c.config, untilDone, txnRequest{guards: c.exists()})
+	resp, err := retryRead(ctx, c.config, untilDone, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return c.config.client.Get(ctx, c.key)
+	})
 	if err != nil {
 		return 0, false, err
 	}
-	return resp.Header.Revision, resp.Succeeded, nil
+	return resp.Header.Revision, c.ownIn(resp.Kvs) != nil, nil
 }
 
 // watchContext is for a watch after a number of failed ones. A watch needs a leader, so that it leaves
