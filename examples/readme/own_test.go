@@ -1,6 +1,4 @@
-package main
-
-// The test of the README, as it stands there.
+package main_test
 
 import (
 	"context"
