@@ -1,8 +1,8 @@
 package etcdutil
 
-// closeExamples ends what the examples have started, if any ran. TestMain calls it.
+// closeExamples stops what the examples have started. TestMain calls it.
 var closeExamples = func() {}
 
-// AtExit sets what TestMain calls after the tests. The examples are in a package of their own, which TestMain cannot
-// reach.
+// AtExit sets the function that TestMain calls after the tests. The examples need it, because
+// they are in another package.
 func AtExit(f func()) { closeExamples = f }

@@ -2,5 +2,6 @@
 
 package etcdutil
 
-// underRace: the race detector makes everything many times slower, so that tests of quantities and times do with less.
+// underRace reports that the race detector is on. It makes everything many times slower, so tests
+// of quantities and times use smaller ones.
 const underRace = true

@@ -1,19 +1,19 @@
-// Package testclock measures what a test must not take on a machine that may be busy: it does not count the time for which
-// this process was kept from running.
+// Package testclock measures time for tests on a busy machine. It does not count time in which the
+// process could not run.
 //
-// It counts by short sleeps, each for no more than it should have taken at the most. Where other processes or other tests take
-// the processors, a sleeper is woken late, just as what is measured is, and the clock goes as slowly as both. On a machine that
-// has time for the test, it goes like any other: a bound that is broken there is not excused.
+// It adds up short sleeps, and counts each for at most twice its length. If other processes keep
+// the processors busy, a sleep ends late, as the measured code does, and the clock is as slow as
+// both. On an idle machine it runs like any other clock.
 package testclock
 
 import "time"
 
 const (
 	tick = time.Millisecond
-	most = 2 * tick // what a sleep counts for, however late it is over
+	most = 2 * tick // the longest time that one sleep counts for
 )
 
-// Within waits until done is closed, and reports false if it is not within d.
+// Within waits for done to be closed, for at most d. It reports whether done was closed.
 func Within(d time.Duration, done <-chan struct{}) bool {
 	for left := d; left > 0; {
 		slept, over := sleep(done)
@@ -30,7 +30,7 @@ func Within(d time.Duration, done <-chan struct{}) bool {
 	}
 }
 
-// Time is how long f takes.
+// Time runs f and returns how long it took.
 func Time(f func()) (took time.Duration) {
 	done, counted := make(chan struct{}), make(chan struct{})
 	go func() { // until f returns
@@ -46,10 +46,10 @@ func Time(f func()) (took time.Duration) {
 		<-counted
 	}()
 	f()
-	return // what has been counted by then
+	return // took, which the deferred call completes
 }
 
-// sleep sleeps for a tick, or until done is closed, and returns how long that was to count.
+// sleep sleeps for a tick, or until done is closed. It returns how much of that counts.
 func sleep(done <-chan struct{}) (slept time.Duration, over bool) {
 	begin := time.Now()
 	timer := time.NewTimer(tick)

@@ -9,7 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-func TestABoundIsABoundWhereNothingIsLate(t *testing.T) {
+func TestWithinBoundsTheWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for took, held := range map[time.Duration]bool{0: true, 99 * time.Millisecond: true, 101 * time.Millisecond: false} {
 			done, begin := make(chan struct{}), time.Now()
@@ -23,8 +23,8 @@ func TestABoundIsABoundWhereNothingIsLate(t *testing.T) {
 	})
 }
 
-// In its bubble nobody is ever late, so the lateness has to be real.
-func TestNoMoreIsCountedThanHasPassed(t *testing.T) {
+// The test uses real time, because no sleep ends late in a bubble.
+func TestTimeCountsNoMoreThanHasPassed(t *testing.T) {
 	begin := time.Now()
 	require.False(t, testclock.Within(20*time.Millisecond, nil))
 	took := testclock.Time(func() { time.Sleep(20 * time.Millisecond) })
