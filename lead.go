@@ -321,7 +321,7 @@ func getMeta(kv *mvccpb.KeyValue) clientv3.Op {
 // may be left out if the next one follows before it was read. A vacancy is sent within 1 s while
 // etcd can be reached.
 //
-// Event.Revision and [Watcher.Revision] are revisions at which this was the holder. Event.Version is
+// Event.Revision and [Watcher.Revision] are revisions at which this was so. Event.Version is
 // that of the holder's key. The watcher outlives outages, compaction and restores, like one with
 // WithSnapshot. It costs one watch and, for each new holder, two small requests, however many
 // contend. While nobody holds the lock it watches all keys below the name.

@@ -2,6 +2,7 @@ package etcdutil
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -10,23 +11,28 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// An Observer is called as things happen, for metrics and tests. Pass it to a constructor by
+// An Observer is called as things happen, for metrics, alerts and tests. Pass it to a constructor by
 // [WithObserver]. Each func may be nil.
 //
-// The funcs of one resource are called one at a time, in the order of the resource's events, from
-// a goroutine that nothing waits for. They may block, panic or call back: then later events of that
-// resource are late. While one blocks, the resource keeps its first 1,000 events and drops later
-// ones.
+// The funcs of one resource are called one at a time, in the order of the resource's events, from a
+// goroutine that only Close waits for, and for no longer than 25 ms. They may block, panic or call
+// back. While one blocks, later events of that resource wait: the first 1,000 are kept, later ones
+// are dropped. A lock and its own lease are one resource. So are all terms of one [Lead].
+//
+// Several resources can share an Observer. Their events come from several goroutines at once.
 type Observer struct {
-	// Acquired is called when a lock is held. Took is how long it was waited for.
+	// Acquired is called when a lock is held. Took is how long the caller waited for it.
 	Acquired func(LockEvent)
-	// Released is called when Close has released a lock. Took is how long it was held.
+	// Released is called when a lock is closed that was not lost. Took is how long it was held.
+	// That the server has confirmed the release is in Close's result only.
 	Released func(LockEvent)
-	// Lost is called when a lock that was held is lost. Took is how long it was held, Err the cause.
+	// Lost is called when a lock that was held is lost. Took is how long it was held. Err is the
+	// cause: it Is ErrLockLost.
 	Lost func(LockEvent)
-	// Renewed is called when a lease was renewed.
+	// Renewed is called when a lease was renewed. Took is the round trip. Left is what the lease had
+	// left when the answer came: the smaller it is, the nearer was the loss.
 	Renewed func(LeaseEvent)
-	// Retrying is called when an attempt failed and is repeated.
+	// Retrying is called for each attempt that failed and is repeated.
 	Retrying func(RetryEvent)
 	// Resynced is called when a watch lists again because it may have missed changes.
 	Resynced func(WatchEvent)
@@ -108,9 +114,16 @@ func (r *reporter) submit(report func()) {
 }
 
 func (r *reporter) run() {
+	reported := false
+	defer func() {
+		if !reported { // user code has ended this goroutine, by runtime.Goexit
+			go r.run()
+		}
+	}()
 	for {
 		report := r.next()
 		if report == nil {
+			reported = true
 			return
 		}
 		runRecovered(report)
@@ -203,7 +216,10 @@ func (r *reporter) lockWatchFailing(name string, err error) {
 	if r == nil {
 		return
 	}
-	r.submit(func() { r.log(slog.LevelWarn, "lock's key cannot be watched", "name", name, "error", err) })
+	r.submit(func() {
+		r.log(slog.LevelWarn, "lock's key cannot be watched", "name", name, "error", err)
+		call(r.observer.Retrying, RetryEvent{Op: "watch the lock's key", Attempt: 1, Err: err})
+	})
 }
 
 func (r *reporter) leaseRenewed(e LeaseEvent) {
@@ -213,11 +229,16 @@ func (r *reporter) leaseRenewed(e LeaseEvent) {
 	r.submit(func() { r.observer.Renewed(e) })
 }
 
+var errRenewalLate = errors.New("the answer to a renewal is late")
+
 func (r *reporter) renewalLate(id clientv3.LeaseID, expiry time.Time) {
 	if r == nil {
 		return
 	}
-	r.submit(func() { r.log(slog.LevelWarn, "lease renewal is late", "lease", hexID(id), "expiry", expiry) })
+	r.submit(func() {
+		r.log(slog.LevelWarn, "lease renewal is late", "lease", hexID(id), "expiry", expiry)
+		call(r.observer.Retrying, RetryEvent{Op: "renew the lease", Attempt: 1, Err: errRenewalLate})
+	})
 }
 
 func (r *reporter) renewalDenied(id clientv3.LeaseID, expiry time.Time, err error) {
@@ -226,6 +247,7 @@ func (r *reporter) renewalDenied(id clientv3.LeaseID, expiry time.Time, err erro
 	}
 	r.submit(func() {
 		r.log(slog.LevelWarn, "lease renewal is refused", "lease", hexID(id), "expiry", expiry, "error", err)
+		call(r.observer.Retrying, RetryEvent{Op: "renew the lease", Attempt: 1, Err: err})
 	})
 }
 
@@ -254,7 +276,10 @@ func (r *reporter) watchStalled(e WatchEvent) {
 	if r == nil {
 		return
 	}
-	r.submit(func() { r.log(slog.LevelWarn, "watch cannot be resumed yet", "key", e.Key, "cause", e.Err) })
+	r.submit(func() {
+		r.log(slog.LevelWarn, "watch cannot be resumed yet", "key", e.Key, "cause", e.Err)
+		call(r.observer.Retrying, RetryEvent{Op: "watch", Attempt: 2, Err: e.Err}) // of the first one
+	})
 }
 
 func (r *reporter) watchResynced(e WatchEvent) {
