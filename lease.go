@@ -330,7 +330,7 @@ func (l *Lease) release() error {
 	if err == nil {
 		return nil
 	}
-	return errorf("%w: lease %x is not confirmed revoked; it will have run out by %s: %w",
+	return errorf("%w: lease %x is not confirmed revoked; it will have expired by %s: %w",
 		ErrUnknownOutcome, int64(l.id), l.serverExpiry(), err)
 }
 

@@ -1,10 +1,12 @@
 package etcdutil
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
+	"log/slog"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -396,38 +398,92 @@ func TestLeaseWhoseTimeIsOverWhenItIsGrantedIsAnError(t *testing.T) {
 	require.ErrorIs(t, err, ErrLeaseExpired)
 }
 
-func TestLeaseCleanupsOfAnOutageAreBoundedAndAllDone(t *testing.T) {
-	const n = 300
-	cluster := etcdtest.Start(t, 1)
-	direct := cluster.Client(t)
-	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
-	client := newClient(t, link.Endpoint())
-	_, err := client.Get(t.Context(), "connect")
-	require.NoError(t, err)
-	link.DropReplies()
-	before := runtime.NumGoroutine()
-	var all sync.WaitGroup
-	for range n {
-		all.Go(func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-			defer cancel()
-			_, err := NewLease(ctx, client, time.Hour)
-			if !errors.Is(err, context.DeadlineExceeded) {
-				t.Error(err)
-			}
-		})
-	}
-	all.Wait()
-	require.Less(t, runtime.NumGoroutine(), before+4*maxCleaners, "a worker has a few of gRPC's")
-	eventually(t, func() bool { return len(leases(t, direct)) > 0 }, "the server has granted them")
-	link.Heal()
-	eventually(t, func() bool { return len(leases(t, direct)) == 0 }, "all are revoked")
-	require.NoError(t, client.Close())
-	eventually(t, func() bool { return cleanerOf(client) == nil }, "the client's end ends the cleanups")
+func TestLeaseCountsFromTheFirstAttemptToGrantIt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := &leaseServer{ttl: 10, delay: 300 * time.Millisecond, refused: 3}
+		client := server.start(t)
+		began := time.Now()
+		lease := mustLease(t, client, 10*time.Second)
+		require.GreaterOrEqual(t, time.Since(began), 1200*time.Millisecond)
+		require.Equal(t, began.Add(9*time.Second), lease.Expiry())
+		require.NoError(t, lease.Close())
+	})
 }
 
-func cleanerOf(client *clientv3.Client) *cleaner {
-	cleaners.Lock()
-	defer cleaners.Unlock()
-	return cleaners.byClient[client]
+func TestLeaseThatTookLongToGrantIsGrantedAnew(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := &leaseServer{ttl: 4, delay: 300 * time.Millisecond, refused: 12}
+		client := server.start(t)
+		began := time.Now()
+		lease := mustLease(t, client, 4*time.Second)
+		require.GreaterOrEqual(t, time.Since(began), 3600*time.Millisecond)
+		require.Greater(t, time.Until(lease.Expiry()), 2*time.Second)
+		require.NoError(t, lease.Close())
+	})
+}
+
+func TestLeaseCloseSaysWhenAnUnconfirmedLeaseHasExpired(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	const ttl = 2 * time.Second
+	lease := mustLease(t, client, ttl)
+	link.Cut()
+	err := lease.Close()
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	require.Contains(t, err.Error(), fmt.Sprintf("lease %x ", int64(lease.ID())))
+	by := regexp.MustCompile(`expired by (\S+):`).FindStringSubmatch(err.Error())
+	require.NotNil(t, by, err)
+	expired, err := time.Parse(time.RFC3339, by[1])
+	require.NoError(t, err)
+	require.WithinRange(t, expired, time.Now().Add(ttl-maxClosing), time.Now().Add(ttl+3*time.Second))
+	require.False(t, expired.Before(lease.Expiry().Add(ttl/10+electionTimeout).Truncate(time.Second)), "a new leader grants an election timeout more")
+}
+
+func TestLeaseCloseReleasesAllItsLocksInOneRequest(t *testing.T) {
+	var revokes, others atomic.Int64
+	var lines syncBuffer
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if strings.HasSuffix(method, "/LeaseRevoke") {
+			revokes.Add(1)
+		} else {
+			others.Add(1)
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	const n = 20
+	logger := WithLogger(slog.New(slog.NewTextHandler(&lines, nil)))
+	lease := mustLease(t, client, 10*time.Second, logger)
+	var locks []*Lock
+	for i := range n {
+		locks = append(locks, mustAcquire(t, client, fmt.Sprint(nameOf(t), i), WithLease(lease), logger))
+	}
+	others.Store(0)
+	require.NoError(t, lease.Close())
+	for i, lock := range locks {
+		require.ErrorIs(t, context.Cause(lock), ErrLockLost)
+		require.ErrorIs(t, context.Cause(lock), ErrClosed)
+		require.Empty(t, keys(t, testCluster.Client(t), fmt.Sprint(nameOf(t), i)))
+	}
+	require.EqualValues(t, 1, revokes.Load())
+	require.Zero(t, others.Load())
+	eventually(t, func() bool { return strings.Count(lines.String(), "lock released") == n }, "each is logged as released")
+	require.NotContains(t, lines.String(), "lost")
+}
+
+// syncBuffer is a buffer for loggers, which write from their own goroutines.
+type syncBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
 }

@@ -1,0 +1,134 @@
+package etcdutil
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/etcdutil/etcdtest"
+	"github.com/stretchr/testify/require"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+func TestCleanupsOfAnOutageAreBoundedAndAllDone(t *testing.T) {
+	const n = 300
+	cluster := etcdtest.Start(t, 1)
+	direct := cluster.Client(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, link.Endpoint())
+	_, err := client.Get(t.Context(), "connect")
+	require.NoError(t, err)
+	link.DropReplies()
+	before := runtime.NumGoroutine()
+	var all sync.WaitGroup
+	for range n {
+		all.Go(func() {
+			ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+			defer cancel()
+			_, err := NewLease(ctx, client, time.Hour)
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	require.Less(t, runtime.NumGoroutine(), before+4*maxCleaners, "a worker has a few of gRPC's")
+	eventually(t, func() bool { return len(leases(t, direct)) > 0 }, "the server has granted them")
+	link.Heal()
+	eventually(t, func() bool { return len(leases(t, direct)) == 0 }, "all are revoked")
+	require.NoError(t, client.Close())
+	eventually(t, func() bool { return cleanerOf(client) == nil }, "the client's end ends the cleanups")
+}
+
+func cleanerOf(client *clientv3.Client) *cleaner {
+	cleaners.Lock()
+	defer cleaners.Unlock()
+	return cleaners.byClient[client]
+}
+
+func TestCleanupsOfManyCancelledAcquisitionsAreAllDoneAtOnce(t *testing.T) {
+	const n = 300
+	for _, shared := range []bool{false, true} {
+		t.Run(fmt.Sprintf("shared lease: %v", shared), func(t *testing.T) {
+			cluster := etcdtest.Start(t, 1)
+			client := cluster.Client(t)
+			var opts []LockOption
+			want := 1 // the holder's lease
+			if shared {
+				opts, want = append(opts, WithLease(mustLease(t, client, time.Hour))), 2
+			} else {
+				opts = append(opts, WithTTL(time.Hour))
+			}
+			holder := mustAcquire(t, client, nameOf(t))
+			ctx, cancel := context.WithCancel(t.Context())
+			var all sync.WaitGroup
+			for range n {
+				all.Go(func() {
+					_, err := Acquire(ctx, client, nameOf(t), opts...)
+					if !errors.Is(err, context.Canceled) {
+						t.Error(err)
+					}
+				})
+			}
+			waiters(t, client, nameOf(t), n+1)
+			cancel()
+			all.Wait()
+			eventually(t, func() bool { return len(leases(t, client)) == want }, "their leases are revoked")
+			waiters(t, client, nameOf(t), 1)
+			eventually(t, func() bool { return cleanerOf(client) == nil }, "nothing is left to clean up")
+			require.NoError(t, holder.Err())
+		})
+	}
+}
+
+func TestCleanupOfADiscardedKeyIsRepeatedUntilItCannotArriveAnyMore(t *testing.T) {
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, 10*time.Second)
+	key := lease.reserveKey(nameOf(t), client)
+	lease.discardKey(key, true, func(ctx context.Context) error { _, err := client.Delete(ctx, key); return err })
+	require.Equal(t, 1, lease.slots.len())
+	for range 3 { // which arrives late
+		_, err := client.Put(t.Context(), key, "", clientv3.WithLease(lease.ID()))
+		require.NoError(t, err)
+		waiters(t, client, nameOf(t), 0)
+	}
+	used := map[string]bool{}
+	for range 2 * keysPerName {
+		next := lease.reserveKey(nameOf(t), client)
+		require.NotEqual(t, key, next, "it is not used again")
+		require.False(t, used[next])
+		used[next] = true
+	}
+	lease.slots.mu.Lock()
+	lease.slots.slots[key].until = time.Now()
+	lease.slots.mu.Unlock()
+	eventually(t, func() bool { return lease.slots.len() == 2*keysPerName }, "it is free when it is settled")
+}
+
+// A request may arrive at any time later, and a restored backup may have the key of a lock that was
+// closed since.
+func TestCleanupOfKeysThatNoLockUsesComesWithTheRenewals(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, 6*time.Second, WithKeepAliveInterval(200*time.Millisecond))
+	held := mustAcquire(t, client, nameOf(t)+"-held", WithLease(lease))
+	closed := mustAcquire(t, client, nameOf(t), WithLease(lease))
+	require.NoError(t, closed.Close())
+	own := nameOf(t) + "-own/key"
+	for _, key := range []string{closed.Key(), own} {
+		_, err := client.Put(t.Context(), key, "", clientv3.WithLease(lease.ID()))
+		require.NoError(t, err)
+	}
+	waiters(t, client, nameOf(t), 0)
+	resp, err := client.Get(t.Context(), own)
+	require.NoError(t, err)
+	require.Len(t, resp.Kvs, 1, "other keys on the lease are the user's")
+	require.NoError(t, held.Err())
+	alive, err := held.Alive(t.Context())
+	require.NoError(t, err)
+	require.True(t, alive)
+}
