@@ -246,6 +246,28 @@ func ExampleLock_Commit() {
 	// 90 <nil>
 }
 
+func ExampleLock_CommitIf() {
+	ctx, client := context.Background(), exampleClient()
+
+	lock, err := etcdutil.Acquire(ctx, client, "jobs/7/lock")
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer lock.Close()
+
+	isNew := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision("jobs/7/state"), "=", 0)}
+	for range 2 {
+		_, err := lock.CommitIf(ctx, isNew, clientv3.OpPut("jobs/7/state", "begun"))
+		fmt.Println("begun before:", errors.Is(err, etcdutil.ErrConditionFailed))
+	}
+	fmt.Println("still held:", lock.Err() == nil)
+	// Output:
+	// begun before: false
+	// begun before: true
+	// still held: true
+}
+
 // IsOwner guards a transaction that has conditions of its own.
 func ExampleLock_IsOwner() {
 	ctx, client := context.Background(), exampleClient()

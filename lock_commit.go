@@ -68,7 +68,7 @@ func checkCommit(key string, conditions []clientv3.Cmp, ops []clientv3.Op) error
 		return errorf("ops: %d operations, at most %d", len(ops), maxCommitOps)
 	}
 	for i, c := range conditions {
-		if c.GetCompare() == nil {
+		if len(c.KeyBytes()) == 0 {
 			return errorf("conditions[%d] is not a comparison", i)
 		}
 	}
@@ -236,7 +236,7 @@ func (f *fence) commit(ctx context.Context, p RetryPolicy, conditions []clientv3
 }
 
 // request is a transaction that increments the key's version. Where it is refused its answer holds
-// the key, and for each condition whether that held.
+// the key, and for each condition whether that held, if there are not too many.
 func (f *fence) request(conditions []clientv3.Cmp, ops []clientv3.Op) txnRequest {
 	q := txnRequest{
 		guards: append([]clientv3.Cmp{f.unchanged()}, conditions...),
@@ -244,20 +244,26 @@ func (f *fence) request(conditions []clientv3.Cmp, ops []clientv3.Op) txnRequest
 			clientv3.OpPut(f.queue.key, "", clientv3.WithIgnoreValue(), clientv3.WithIgnoreLease())),
 		otherwise: []clientv3.Op{clientv3.OpGet(f.queue.key)},
 	}
+	if max(len(conditions), len(ops)) >= maxCommitOps {
+		return q // etcd's limit leaves nothing for nested transactions
+	}
 	for _, c := range conditions {
 		q.otherwise = append(q.otherwise, clientv3.OpTxn([]clientv3.Cmp{c}, nil, nil))
 	}
 	return q
 }
 
-// refusal is the error for a transaction that was refused and not applied: a condition did not hold.
+// refusal is the error for a transaction that was refused although the key is unchanged.
 func refusal(resp *clientv3.TxnResponse, conditions []clientv3.Cmp) error {
-	for i := range conditions {
-		if !resp.Responses[1+i].GetResponseTxn().Succeeded {
+	if len(conditions) == 0 {
+		return errRefused
+	}
+	for i, r := range resp.Responses[1:] {
+		if !r.GetResponseTxn().Succeeded {
 			return fmt.Errorf("%w: conditions[%d]", ErrConditionFailed, i)
 		}
 	}
-	return errRefused
+	return ErrConditionFailed
 }
 
 // errRefused says that a transaction was refused although all its guards hold.

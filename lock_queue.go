@@ -312,9 +312,12 @@ func olderChildren(name string, kvs []*mvccpb.KeyValue, before Revision) []*mvcc
 	return children
 }
 
+// maxLeaseChecks is how many nested transactions of two comparisons etcd allows in one, and fewer.
+const maxLeaseChecks = 100
+
 // firstLeased returns the first of these keys that has a lease, nil if none has. It reads no values.
 func firstLeased(ctx context.Context, c *config, p RetryPolicy, kvs []*mvccpb.KeyValue) (*mvccpb.KeyValue, error) {
-	for some := range slices.Chunk(kvs, maxCommitOps) {
+	for some := range slices.Chunk(kvs, maxLeaseChecks) {
 		var ops []clientv3.Op
 		for _, kv := range some {
 			ops = append(ops, clientv3.OpTxn(stillLeased(kv), nil, nil))
