@@ -22,6 +22,15 @@
 // lease lives for at least 2 s. They do not sync to disk and write no logs. A cluster starts in
 // about 20 ms.
 //
+// # Other versions of etcd
+//
+// If the environment variable ETCDTEST_SERVER names a program of etcd, each member that starts is a
+// process of that program, instead of etcd v3.7 in this process. All else is the same, but:
+//   - New and Restart take a second or two, since members elect a leader in their own time.
+//   - A setting of [NewWith] is passed on as a flag, if etcd has one for it. A program that does not
+//     know the flag ends, which is an error.
+//   - Isolate works on Linux only.
+//
 // # Links
 //
 // [StartLink] puts a TCP proxy in front of one endpoint. It is the network between etcd and the
@@ -34,8 +43,8 @@
 //	link.Heal()
 //
 // A client to several members needs a link for each. Do not call Sync or set AutoSyncInterval on
-// it: the client would learn the members' own endpoints, and bypass the links. [StartProxy] puts etcd's own gRPC proxy
-// in front of a cluster.
+// it: the client would learn the members' own endpoints, and bypass the links. [StartProxy] puts
+// etcd's own gRPC proxy in front of a cluster.
 //
 // # What it cannot do
 //
@@ -76,6 +85,7 @@ type Cluster struct {
 	nodes     []*node
 	users     []User     // with passwords; empty without authentication
 	authority *authority // nil without TLS
+	dialers   *dialers   // the members that are processes
 
 	turn   sync.Mutex // held by the methods that change members
 	closed bool       // guarded by turn
@@ -141,7 +151,7 @@ func start(members int, security Security) (*Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{dir: dir}
+	c := &Cluster{dir: dir, dialers: newDialers()}
 	if err := c.startNodes(members, security); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
@@ -152,7 +162,7 @@ func (c *Cluster) startNodes(members int, security Security) error {
 	if err := c.prepare(security); err != nil {
 		return err
 	}
-	nodes, err := newNodes(members, c.dir, c.configure(security))
+	nodes, err := newNodes(members, c, c.configure(security))
 	c.nodes = nodes // for Close
 	if err != nil {
 		return err
@@ -232,6 +242,11 @@ func (c *Cluster) waitServing() error {
 		if time.Now().After(deadline) {
 			return fmt.Errorf("the cluster does not serve after %v", readyTimeout)
 		}
+		for _, n := range c.nodes {
+			if err := n.failure(); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -298,10 +313,10 @@ func (c *Cluster) Restart(member int) error {
 // is no index, or the cluster closed.
 func (c *Cluster) Isolate(member int) error {
 	return c.change(member, func(n *node) error {
-		if len(c.nodes) > 1 {
-			n.isolate()
+		if len(c.nodes) == 1 {
+			return nil
 		}
-		return nil
+		return n.isolate()
 	})
 }
 

@@ -38,6 +38,7 @@ type Link struct {
 	stopped  context.Context // done when Close begins
 	stop     context.CancelFunc
 	running  sync.WaitGroup
+	dialers  *dialers // nil unless the link is between members
 
 	mu      sync.Mutex
 	faults  faults
@@ -66,7 +67,7 @@ func NewLink(endpoint string) (*Link, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := newLink("127.0.0.1:0", target)
+	l, err := newLink("127.0.0.1:0", target, nil)
 	if err != nil {
 		return nil, fmt.Errorf("etcdtest: link to %s: %w", endpoint, err)
 	}
@@ -74,7 +75,8 @@ func NewLink(endpoint string) (*Link, error) {
 }
 
 // newLink starts a link from one host:port to another.
-func newLink(from, target string) (*Link, error) {
+// It cuts off what dialers says, unless it is nil.
+func newLink(from, target string, dialers *dialers) (*Link, error) {
 	listener, err := net.Listen("tcp", from)
 	if err != nil {
 		return nil, err
@@ -82,6 +84,7 @@ func newLink(from, target string) (*Link, error) {
 	l := &Link{
 		target:   target,
 		listener: listener,
+		dialers:  dialers,
 		changed:  make(chan struct{}),
 		conns:    make(map[*linkConn]struct{}),
 	}
@@ -179,6 +182,17 @@ func (l *Link) Close() error {
 	return nil
 }
 
+// resetDamaged resets the connections of one dialer that lost bytes.
+func (l *Link) resetDamaged(dialer int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.conns {
+		if c.damaged && c.dialer == dialer {
+			c.reset()
+		}
+	}
+}
+
 func (l *Link) change(edit func(*faults)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -246,6 +260,7 @@ type linkConn struct {
 	gone   chan struct{} // closed by reset
 
 	damaged bool // it lost something, or was opened in a cut; guarded by link.mu
+	dialer  int  // the process that dialed, 0 if that does not matter; guarded by link.mu
 }
 
 // chunk is what one read returned, and when.
@@ -258,6 +273,7 @@ type chunk struct {
 // serve passes bytes on until both directions have ended.
 func (c *linkConn) serve() {
 	defer c.link.remove(c)
+	c.identify()
 	if !c.passes(toServer) { // opened in a cut: the server must not see it
 		<-c.gone
 		return
@@ -272,6 +288,14 @@ func (c *linkConn) serve() {
 	pumps.Go(func() { c.pump(toServer, c.server, c.client) })
 	pumps.Go(func() { c.pump(toClient, c.client, c.server) })
 	pumps.Wait()
+}
+
+// identify finds out which process dialed.
+func (c *linkConn) identify() {
+	dialer := c.link.dialers.identify(c.client)
+	c.link.mu.Lock()
+	defer c.link.mu.Unlock()
+	c.dialer = dialer
 }
 
 // dial connects to the server. It fails when c was reset meanwhile.
@@ -352,7 +376,7 @@ func (c *linkConn) waitUntilDue(ch chunk) bool {
 func (c *linkConn) passes(d direction) bool {
 	c.link.mu.Lock()
 	defer c.link.mu.Unlock()
-	if c.link.faults.drop[d] {
+	if c.link.faults.drop[d] || c.link.dialers.isCut(c.dialer) {
 		c.damaged = true
 		return false
 	}

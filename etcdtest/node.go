@@ -1,7 +1,6 @@
 package etcdtest
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/url"
@@ -9,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -17,17 +15,16 @@ import (
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.etcd.io/raft/v3"
-	"go.etcd.io/raft/v3/raftpb"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-	"google.golang.org/grpc"
 )
 
 const (
 	// portTimeout bounds how long a restart waits for its ports.
 	portTimeout = 5 * time.Second
-	// stepTimeout bounds how long etcd's raft may take to take a message.
-	stepTimeout = time.Second
+	// serverVariable is the environment variable that names the program of etcd to run, as in the
+	// package's documentation.
+	serverVariable = "ETCDTEST_SERVER"
 	// none is what etcd calls a leader that is not.
 	none = types.ID(raft.None)
 )
@@ -36,28 +33,43 @@ const (
 type node struct {
 	name          string
 	dir           string
-	all           []*node // itself among them
+	cluster       *Cluster
 	configure     func(*embed.Config)
 	ports         *reservation
 	clientAddress string
 	peerAddress   string // where etcd listens to its peers
 	linkAddress   string // where its peers find it; the same as peerAddress if there are none
 
-	mu       sync.Mutex // held for short
-	run      *run       // nil while stopped
+	mu       sync.Mutex // held for as long as etcd takes to answer
+	member   member     // nil while stopped
+	link     *Link      // through which the peers reach the member; nil while stopped, or if there are none
 	isolated bool
 }
 
-// run is one run of a node's etcd, from start to stop.
-type run struct {
-	etcd   *embed.Etcd
-	server atomic.Pointer[grpc.Server] // etcd's, once it serves clients
-	link   *Link                       // through which the peers reach it; nil if there are none
+// member is one run of a node's etcd, from start to stop.
+type member interface {
+	// failure returns why etcd ended by itself, and nil if it runs.
+	failure() error
+	// serving returns whether etcd answers clients.
+	serving() bool
+	// leader returns whom it follows, itself if it leads; none if nobody.
+	leader() (leader types.ID, leads bool)
+	// campaign has it stand for election at once, if it can be made to.
+	campaign()
+	// applied returns the last entry that was applied, and whether no other is known to be committed.
+	applied() (index uint64, all bool)
+	// cut takes it off the network of its peers, whom the link does not let through any more.
+	cut() error
+	// mend undoes cut.
+	mend()
+	// stop ends it at once.
+	stop()
 }
 
-// newNodes returns the nodes of a new cluster, to be started, with their data below dir. The caller releases the ports
+// newNodes returns the nodes of a new cluster, to be started, with their data in its
+// directory. The caller releases the ports
 // of those that it returns, also with an error.
-func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, error) {
+func newNodes(count int, c *Cluster, configure func(*embed.Config)) ([]*node, error) {
 	var nodes []*node
 	for i := range count {
 		ports, err := reserve()
@@ -67,6 +79,7 @@ func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, er
 		n := &node{
 			name:          fmt.Sprintf("member%d", i),
 			configure:     configure,
+			cluster:       c,
 			ports:         ports,
 			clientAddress: ports.addresses[0],
 			peerAddress:   ports.addresses[1],
@@ -75,31 +88,48 @@ func newNodes(count int, dir string, configure func(*embed.Config)) ([]*node, er
 		if count == 1 {
 			n.linkAddress = n.peerAddress
 		}
-		n.dir = filepath.Join(dir, n.name)
+		n.dir = filepath.Join(c.dir, n.name)
 		nodes = append(nodes, n)
-	}
-	for _, n := range nodes {
-		n.all = nodes
 	}
 	return nodes, nil
 }
 
 // start starts etcd and the link in front of it. It does not wait until etcd serves.
-func (n *node) start() (err error) {
-	r := &run{}
-	if r.link, err = n.startPeerLink(); err != nil {
+func (n *node) start() error {
+	link, err := n.startPeerLink()
+	if err != nil {
 		return err
 	}
-	if r.etcd, err = embed.StartEtcd(n.config(r)); err != nil {
-		r.closeLink()
-		return err
+	m, err := n.startMember()
+	if err == nil {
+		err = n.keep(m, link)
 	}
+	if err != nil && link != nil {
+		_ = link.Close()
+	}
+	return err
+}
+
+// startMember starts etcd in this process, or the program that the environment names.
+func (n *node) startMember() (member, error) {
+	if program := os.Getenv(serverVariable); program != "" {
+		return startProcess(program, n)
+	}
+	return startEmbedded(n)
+}
+
+// keep makes m the run of n. It stops m if it cannot be isolated although n is.
+func (n *node) keep(m member, link *Link) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.run = r
 	if n.isolated {
-		r.cut()
+		link.Cut()
+		if err := m.cut(); err != nil {
+			m.stop()
+			return err
+		}
 	}
+	n.member, n.link = m, link
 	return nil
 }
 
@@ -108,7 +138,7 @@ func (n *node) startPeerLink() (*Link, error) {
 	if n.linkAddress == n.peerAddress {
 		return nil, nil
 	}
-	return newLink(n.linkAddress, n.peerAddress)
+	return newLink(n.linkAddress, n.peerAddress, n.cluster.dialers)
 }
 
 // restart starts a stopped node. Its ports were free to be taken meanwhile, if only by who tries out which are free.
@@ -125,28 +155,38 @@ func (n *node) restart() error {
 
 func (n *node) stop() {
 	n.mu.Lock()
-	r := n.run
-	n.run = nil
+	m, link := n.member, n.link
+	n.member, n.link = nil, nil
 	n.mu.Unlock()
-	if r != nil {
-		r.stop()
+	if link != nil {
+		_ = link.Close()
+	}
+	if m != nil {
+		m.stop()
 	}
 }
 
-func (n *node) isolate() {
+func (n *node) isolate() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.run != nil && !n.isolated {
-		n.run.cut()
+	if n.member != nil && !n.isolated {
+		n.link.Cut()
+		if err := n.member.cut(); err != nil {
+			n.link.Heal()
+			return err
+		}
 	}
 	n.isolated = true
+	return nil
 }
 
+// rejoin undoes isolate. The connections that lost bytes are reset, and etcd dials them again.
 func (n *node) rejoin() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.run != nil && n.isolated {
-		n.run.mend()
+	if n.member != nil && n.isolated {
+		n.member.mend()
+		n.link.Heal()
 	}
 	n.isolated = false
 }
@@ -154,32 +194,41 @@ func (n *node) rejoin() {
 func (n *node) running() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.run != nil
+	return n.member != nil
 }
 
 // connected tells whether n runs and is not isolated.
 func (n *node) connected() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.run != nil && !n.isolated
+	return n.member != nil && !n.isolated
 }
 
 // serving tells whether n answers clients.
 func (n *node) serving() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.run != nil && n.run.server.Load() != nil
+	return n.member != nil && n.member.serving()
+}
+
+// failure returns why n's etcd ended by itself, and nil if it runs or is stopped.
+func (n *node) failure() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.member == nil {
+		return nil
+	}
+	return n.member.failure()
 }
 
 // leader returns whom n follows, itself if it leads; none if nobody, or if n is not connected.
 func (n *node) leader() (leader types.ID, leads bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.run == nil || n.isolated {
+	if n.member == nil || n.isolated {
 		return none, false
 	}
-	leader = n.run.etcd.Server.Leader()
-	return leader, leader == n.run.etcd.Server.MemberID()
+	return n.member.leader()
 }
 
 // campaign has n stand for election at once, unless it knows a leader.
@@ -189,8 +238,8 @@ func (n *node) campaign() {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.run != nil {
-		n.run.step(raftpb.MsgTimeoutNow)
+	if n.member != nil {
+		n.member.campaign()
 	}
 }
 
@@ -215,16 +264,15 @@ func (n *node) awaitApplied(deadline time.Time) {
 func (n *node) applied() (index uint64, all bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.run == nil {
+	if n.member == nil {
 		return 0, false
 	}
-	index = n.run.etcd.Server.AppliedIndex()
-	return index, index > 0 && index >= n.run.etcd.Server.CommittedIndex()
+	return n.member.applied()
 }
 
-// config is etcd's own default configuration but for the disk, the log, elections, which a member that starts does not hasten by
-// itself, what configure changes, and then, so that it cannot, what makes n a member of its cluster. r learns of the gRPC server.
-func (n *node) config(r *run) *embed.Config {
+// config is etcd's own default configuration but for the disk, elections, what configure changes, and
+// then, so that it cannot, what makes n a member of its cluster.
+func (n *node) config() *embed.Config {
 	config := embed.NewConfig()
 	config.UnsafeNoFsync = true
 	config.InitialElectionTickAdvance = false // see awaitApplied
@@ -239,7 +287,7 @@ func (n *node) config(r *run) *embed.Config {
 	config.AdvertiseClientUrls = urls(client, n.clientAddress)
 	config.ListenPeerUrls = urls(peer, n.peerAddress)
 	config.AdvertisePeerUrls = urls(peer, n.linkAddress)
-	config.ServiceRegister = r.server.Store
+	config.ServiceRegister = nil
 	return config
 }
 
@@ -251,7 +299,7 @@ func lastWords() *zap.Logger {
 
 func (n *node) initialCluster(scheme string) string {
 	var members []string
-	for _, m := range n.all {
+	for _, m := range n.cluster.nodes {
 		members = append(members, m.name+"="+scheme+"://"+m.linkAddress)
 	}
 	return strings.Join(members, ",")
@@ -266,61 +314,4 @@ func schemeOf(info transport.TLSInfo) string {
 
 func urls(scheme, address string) []url.URL {
 	return []url.URL{{Scheme: scheme, Host: address}}
-}
-
-// cut takes r off the network of its peers. The link is a black hole for connections that the peers have dialled;
-// CutPeer drops the raft messages, of both ways, in those that r has dialled. That leaves two requests which r may make:
-// a leader sends a snapshot, unless the follower has been silent for an election timeout, and a follower passes lease
-// renewals on to its leader, unless it has none: so it forgets it.
-func (r *run) cut() {
-	r.link.Cut()
-	for _, peer := range r.peers() {
-		r.etcd.Server.CutPeer(peer)
-	}
-	r.step(raftpb.MsgForgetLeader)
-}
-
-// mend undoes cut. The connections that lost bytes are reset, and etcd dials them again.
-func (r *run) mend() {
-	for _, peer := range r.peers() {
-		r.etcd.Server.MendPeer(peer)
-	}
-	r.link.Heal()
-}
-
-func (r *run) peers() []types.ID {
-	var peers []types.ID
-	for _, m := range r.etcd.Server.Cluster().Members() {
-		if m.ID != r.etcd.Server.MemberID() {
-			peers = append(peers, m.ID)
-		}
-	}
-	return peers
-}
-
-// step gives r's raft a message from itself.
-func (r *run) step(kind raftpb.MessageType) {
-	ctx, cancel := context.WithTimeout(context.Background(), stepTimeout)
-	defer cancel()
-	id := uint64(r.etcd.Server.MemberID())
-	// An error means that etcd is stopping, or too busy; then nothing comes of it, as of any raft message.
-	_ = r.etcd.Server.Process(ctx, &raftpb.Message{Type: kind.Enum(), From: new(id), To: new(id)})
-}
-
-// stop stops etcd at once, where its Close alone waits 7 s for clients to end their watches, and for a leader to hand
-// over, and 1 s for peers to hang up.
-func (r *run) stop() {
-	r.closeLink()
-	if server := r.server.Load(); server != nil {
-		server.Stop()
-		server.GracefulStop() // waits for the handlers, which need etcd's backend
-	}
-	r.etcd.Server.HardStop()
-	r.etcd.Close()
-}
-
-func (r *run) closeLink() {
-	if r.link != nil {
-		_ = r.link.Close()
-	}
 }

@@ -84,8 +84,8 @@ func StartSecure(tb testing.TB, members int, security Security) *Cluster {
 // Security.Users has no password. On a cluster without TLS and without users the user is ignored.
 func (c *Cluster) ClientConfig(user string) (clientv3.Config, error) {
 	config := clientv3.Config{Endpoints: c.Endpoints(), DialTimeout: 5 * time.Second, Logger: zap.NewNop()}
-	if i := slices.IndexFunc(c.users, func(u User) bool { return u.Name == user }); i >= 0 && c.users[i].Password != "" {
-		config.Username, config.Password = user, c.users[i].Password
+	if password := c.passwordOf(user); password != "" {
+		config.Username, config.Password = user, password
 	}
 	if c.authority == nil {
 		return config, nil
@@ -100,6 +100,14 @@ func (c *Cluster) ClientConfig(user string) (clientv3.Config, error) {
 		Certificates: []tls.Certificate{certificate},
 	}
 	return config, nil
+}
+
+// passwordOf returns a user's password, "" if it has none.
+func (c *Cluster) passwordOf(user string) string {
+	if i := slices.IndexFunc(c.users, func(u User) bool { return u.Name == user }); i >= 0 {
+		return c.users[i].Password
+	}
+	return ""
 }
 
 // Certificate issues a certificate for a client, which is valid from now on for this long. Its common
