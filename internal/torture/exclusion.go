@@ -2,11 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
 	"example.com/etcdutil"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 const (
@@ -19,11 +22,14 @@ const (
 	// reusedName is such a lock, for hosts whose leases are never lost: their links are slow at times, and no more. So keys
 	// are used again and again while somebody looks at them, and who waits for the wrong one waits for ever.
 	reusedName = "exclusion/reused"
+	// contestedName is a lock for which clients try, slowly: others take it between a client's look and its write.
+	contestedName = "exclusion/contested"
 )
 
 func (t *torture) startExclusion(h *host) {
 	t.work(h, strictName, true, (*worker).holdStrict)
 	t.work(h, disturbedName, true, (*worker).holdDisturbed)
+	t.work(h, contestedName, true, (*worker).holdContested)
 	t.startSharing(h, sharedName, leaseTTL)
 }
 
@@ -83,9 +89,49 @@ func (w *worker) holdDisturbed() {
 	if lock == nil {
 		return
 	}
-	w.hold(lock, w.upTo(4*time.Second))
+	for end := w.now() + w.upTo(4*time.Second); lock.Err() == nil && w.ctx.Err() == nil && w.now() < end; {
+		w.commitDisturbed(lock)
+		w.hold(lock, w.upTo(200*time.Millisecond))
+		if w.settling.Load() {
+			break
+		}
+	}
 	w.release(lock, h)
 	sleep(w.ctx, w.upTo(50*time.Millisecond))
+}
+
+// commitDisturbed writes under a lock that is taken away at any time, by Commit or by a LogWriter.
+func (w *worker) commitDisturbed(lock *etcdutil.Lock) {
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond+w.upTo(5*time.Second))
+	defer cancel()
+	if w.chance(50) {
+		w.writeEntries(ctx, lock, w.disturbedLog, 1, func() {})
+		return
+	}
+	one := appended{value: w.uniqueValue(), call: w.now()}
+	var err error
+	one.place, err = lock.Commit(ctx, clientv3.OpPut(disturbedKey, strconv.Quote(one.value)))
+	one.outcome, one.err, one.back = outcomeOfCommit(err), err, w.now()
+	w.commits.add(one)
+	w.operations.add("disturbed commit: "+string(one.outcome), 1)
+}
+
+// holdContested tries for the lock, and is slow to write after it has looked, or acquires it.
+func (w *worker) holdContested() {
+	var lock *etcdutil.Lock
+	var h *holding
+	if w.settling.Load() || w.chance(40) {
+		lock, h = w.acquire(w.ctx, contestedName, w.options()...)
+	} else {
+		slow := withHesitation(w.ctx, w.upTo(100*time.Millisecond))
+		lock, h = w.tryAcquire(slow, contestedName, etcdutil.WithTTL(leaseTTL))
+	}
+	if lock == nil {
+		return
+	}
+	w.hold(lock, w.upTo(100*time.Millisecond))
+	w.release(lock, h)
+	sleep(w.ctx, w.upTo(200*time.Millisecond))
 }
 
 // holdShared is in a hurry, and often gives up, but not where that would free those who wait for the wrong key.
@@ -129,6 +175,7 @@ func (w *worker) holdPrivate(shared *sharedLease, name string) {
 type sharedLease struct {
 	host  *host
 	ttl   time.Duration
+	lost  func(at time.Duration, cause error) // may be nil
 	mu    sync.Mutex
 	lease *etcdutil.Lease
 }
@@ -144,14 +191,23 @@ func (s *sharedLease) get(w *worker) *etcdutil.Lease {
 		_ = s.lease.Close()
 		s.lease = nil
 	}
-	lease, err := etcdutil.NewLease(w.ctx, s.host.client, s.ttl)
+	lease, err := etcdutil.NewLease(w.caller(w.ctx), s.host.client, s.ttl)
 	if err != nil {
 		w.operations.add("grant: "+outcomeOf(err), 1)
 		sleep(w.ctx, w.upTo(20*time.Millisecond))
 		return nil
 	}
 	s.lease = lease
+	if s.lost != nil {
+		context.AfterFunc(lease, func() { s.noteLoss(w.now(), context.Cause(lease)) })
+	}
 	return lease
+}
+
+func (s *sharedLease) noteLoss(at time.Duration, cause error) {
+	if errors.Is(cause, etcdutil.ErrLeaseExpired) || errors.Is(cause, etcdutil.ErrLeaseRevoked) {
+		s.lost(at, cause)
+	}
 }
 
 func (s *sharedLease) close() {

@@ -36,6 +36,16 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 		return true, t.faultMembers(f)
 	case cutHolder, holdBack, cutLink, dropReplies, delayLink, resetLink:
 		return t.faultLinks(f), nil
+	case cancelUnsent, cancelApplied, cancelLate:
+		return t.faultAnswers(f), nil
+	case addMetadata:
+		return t.addMetadata(f), nil
+	case restoreIsland:
+		return true, t.island.restore(f)
+	case denyIsland:
+		return true, t.island.deny(f)
+	case takeIsland:
+		return t.island.deleteKey(), nil
 	case deleteKey, revokeLease:
 		return t.takeLock(f.Kind)
 	case compact:
@@ -111,12 +121,46 @@ const harmless = 100 * time.Millisecond
 
 // aims are the locks at whose holders faults are aimed: where they are the likeliest to break something.
 var aims = map[kind]string{
-	cutHolder:   strictName,
-	cutLink:     strictName,
-	delayLink:   strictName,
-	holdBack:    quickSet.Name,
-	dropReplies: registerName,
-	resetLink:   registerName,
+	cutHolder:     strictName,
+	cutLink:       strictName,
+	delayLink:     strictName,
+	holdBack:      quickSet.Name,
+	dropReplies:   registerName,
+	resetLink:     registerName,
+	cancelApplied: disturbedName,
+}
+
+// faultAnswers spoils the answers to one host's writes. While an answer that etcd has given is lost,
+// the lock of the disturbed name is at times taken away, so that a repetition of the write is refused.
+func (t *torture) faultAnswers(f fault) bool {
+	h := t.hosts[t.aimedAt(f)]
+	if !h.spoiled.CompareAndSwap(false, true) {
+		return false
+	}
+	defer h.spoiled.Store(false)
+	h.answers.start(f.Kind, func() {
+		if holder := t.ledger.holder(disturbedName); holder != nil && holder.host == h.id {
+			_, _ = t.takeLock(deleteKey)
+			sleep(t.ctx, othersTurn)
+		}
+	})
+	sleep(context.Background(), f.For)
+	h.answers.stop()
+	return true
+}
+
+// othersTurn is how long the next holder has to write, before clientv3 repeats a write of the last one.
+const othersTurn = 50 * time.Millisecond
+
+// addMetadata has the contexts of one host's callers carry metadata.
+func (t *torture) addMetadata(f fault) bool {
+	h := t.hosts[f.Host]
+	if !h.metadata.CompareAndSwap(false, true) {
+		return false
+	}
+	sleep(context.Background(), f.For)
+	h.metadata.Store(false)
+	return true
 }
 
 // target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.
@@ -124,20 +168,25 @@ func (t *torture) target(f fault) *host {
 	if f.Host >= hosts {
 		return t.hosts[f.Host]
 	}
-	id := f.Host
-	if f.Aimed {
-		name := aims[f.Kind]
-		t.awaitHolder(name, 2*time.Second)
-		if holding := t.ledger.holder(name); holding != nil {
-			id = holding.host
-		}
-	}
+	id := t.aimedAt(f)
 	for i := range hosts {
 		if h := t.hosts[(id+i)%hosts]; h.faulted.CompareAndSwap(false, true) {
 			return h
 		}
 	}
 	return nil
+}
+
+// aimedAt is the host of the holder that the fault is aimed at, or else the one that it names.
+func (t *torture) aimedAt(f fault) int {
+	if f.Aimed {
+		name := aims[f.Kind]
+		t.awaitHolder(name, 2*time.Second)
+		if holding := t.ledger.holder(name); holding != nil {
+			return holding.host
+		}
+	}
+	return f.Host
 }
 
 func (t *torture) awaitHolder(name string, atMost time.Duration) {
@@ -163,12 +212,18 @@ func (t *torture) takeLock(by kind) (bool, error) {
 		t.ledger.disturb(h, t.now())
 		return true, nil
 	}
-	resp, err := t.admin.Txn(ctx).If(h.lock.IsOwner()).Then(clientv3.OpDelete(h.lock.Key())).Commit()
+	return deleteLockKey(ctx, t.admin, t.ledger, h), nil
+}
+
+// deleteLockKey takes a lock from its holder, and notes that.
+func deleteLockKey(ctx context.Context, client *clientv3.Client, ledger *ledger, h *holding) bool {
+	ledger.disturb(h, 0)
+	resp, err := client.Txn(ctx).If(h.lock.IsOwner()).Then(clientv3.OpDelete(h.lock.Key())).Commit()
 	if err != nil || !resp.Succeeded {
-		return false, nil
+		return false
 	}
-	t.ledger.disturb(h, t.now())
-	return true, nil
+	ledger.disturb(h, ledger.now())
+	return true
 }
 
 // compact forgets the history up to a little behind what the oracle has seen: it must see everything.

@@ -7,19 +7,23 @@ import (
 	"example.com/etcdutil/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // A host is what one machine would be: one client, behind one link to each member. Each workload has a client on it, so
 // that they share the client's connections and its keepalive stream, as in a real process.
 type host struct {
-	id      int
-	links   []*etcdtest.Link
-	client  *clientv3.Client // nil for a host whose client is in another process
-	faulted atomic.Bool      // its links have a fault
+	id       int
+	links    []*etcdtest.Link
+	client   *clientv3.Client // nil for a host whose client is in another process
+	faulted  atomic.Bool      // its links have a fault
+	answers  *answers
+	spoiled  atomic.Bool // its answers have a fault
+	metadata atomic.Bool // its callers' contexts carry metadata
 }
 
 func newHost(id int, members []string) (*host, error) {
-	h := &host{id: id}
+	h := &host{id: id, answers: newAnswers(id)}
 	for _, endpoint := range members {
 		link, err := etcdtest.NewLink(endpoint)
 		if err != nil {
@@ -32,7 +36,7 @@ func newHost(id int, members []string) (*host, error) {
 }
 
 func (h *host) connect() (err error) {
-	h.client, err = newClient(h.endpoints())
+	h.client, err = newClient(h.endpoints(), grpc.WithChainUnaryInterceptor(h.answers.intercept))
 	return err
 }
 
@@ -67,12 +71,17 @@ func (h *host) close() {
 	}
 }
 
-func newClient(endpoints []string) (*clientv3.Client, error) {
-	return clientv3.New(clientv3.Config{
+func newClient(endpoints []string, opts ...grpc.DialOption) (*clientv3.Client, error) {
+	return clientv3.New(clientConfig(endpoints, opts...))
+}
+
+func clientConfig(endpoints []string, opts ...grpc.DialOption) clientv3.Config {
+	return clientv3.Config{
 		Endpoints:            endpoints,
 		DialTimeout:          5 * time.Second,
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 3 * time.Second,
 		Logger:               zap.NewNop(),
-	})
+		DialOptions:          opts,
+	}
 }

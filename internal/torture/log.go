@@ -15,17 +15,27 @@ import (
 const (
 	logLock = "log"
 	logName = observedPrefix + "log"
+	// disturbedLogName and disturbedKey are written under the lock that is taken away at any time.
+	disturbedLogName = observedPrefix + "disturbed-log"
+	disturbedKey     = observedPrefix + "disturbed"
 )
 
 // appended is an entry that somebody tried to write, and what became of it.
 type appended struct {
 	value      string
 	outcome    outcome
-	version    int64 // that was acknowledged
+	place      int64 // that was acknowledged: of a log's entry the version, of a commit the revision
+	err        error // that said so
 	call, back time.Duration
 }
 
-// appends records them.
+// A journal is a log, and what was done to write it.
+type journal struct {
+	key     string
+	appends appends
+}
+
+// appends records writes.
 type appends struct {
 	mu  sync.Mutex
 	all []appended
@@ -39,8 +49,7 @@ func (a *appends) add(one appended) {
 
 // startLog has a client write the log under its lock, and two read it: every entry, and the latest.
 func (t *torture) startLog(h *host) {
-	n := 0
-	t.work(h, logLock, true, func(w *worker) { w.writeLog(&n) })
+	t.work(h, logLock, true, (*worker).writeLog)
 	for _, every := range []bool{true, false} {
 		r := &logFollower{host: h.id, every: every, from: 1}
 		r.reached.name = fmt.Sprintf("the log's reader on host %d (every entry: %t)", h.id, every)
@@ -51,7 +60,7 @@ func (t *torture) startLog(h *host) {
 }
 
 // writeLog writes a few entries, at times after the parent's end.
-func (w *worker) writeLog(n *int) {
+func (w *worker) writeLog() {
 	parent, cancel := context.WithCancel(w.ctx)
 	defer cancel()
 	lock, h := w.acquire(parent, logLock, w.options()...)
@@ -59,20 +68,26 @@ func (w *worker) writeLog(n *int) {
 		return
 	}
 	defer w.release(lock, h)
+	opened := func() {}
+	if w.chance(10) {
+		opened = cancel
+	}
 	open, stop := context.WithTimeout(context.Background(), 5*time.Second)
 	defer stop()
-	writer, err := etcdutil.NewLogWriter[string](open, lock, logName)
+	w.writeEntries(open, lock, w.log, w.upToTimes(6), opened)
+}
+
+// writeEntries opens a writer, calls opened, and writes entries, up to the first that fails.
+func (w *worker) writeEntries(ctx context.Context, lock *etcdutil.Lock, log *journal, entries int, opened func()) {
+	writer, err := etcdutil.NewLogWriter[string](ctx, lock, log.key)
 	if err != nil {
 		w.operations.add("log writer: "+outcomeOf(err), 1)
 		return
 	}
 	defer writer.Close()
-	if w.chance(10) {
-		cancel()
-	}
-	for range w.upToTimes(6) {
-		*n++
-		if !w.append(lock, writer, fmt.Sprintf("%d-%d", w.host.id, *n)) {
+	opened()
+	for range entries {
+		if !w.append(lock, writer, log) {
 			return
 		}
 		w.hold(w.ctx, w.upTo(60*time.Millisecond))
@@ -81,14 +96,14 @@ func (w *worker) writeLog(n *int) {
 
 // append reports whether the writer may go on. After an unknown outcome it does, now and then: the next write must not come
 // before, or twice.
-func (w *worker) append(lock *etcdutil.Lock, writer *etcdutil.LogWriter[string], value string) bool {
+func (w *worker) append(lock *etcdutil.Lock, writer *etcdutil.LogWriter[string], log *journal) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond+w.upTo(5*time.Second))
 	defer cancel()
-	one := appended{value: value, call: w.now()}
+	one := appended{value: w.uniqueValue(), call: w.now()}
 	var err error
-	one.version, err = writer.Write(ctx, value)
-	one.outcome, one.back = outcomeOfCommit(err), w.now()
-	w.appends.add(one)
+	one.place, err = writer.Write(ctx, one.value)
+	one.outcome, one.err, one.back = outcomeOfCommit(err), err, w.now()
+	log.appends.add(one)
 	w.operations.add("log write: "+string(one.outcome), 1)
 	if errors.Is(err, etcdutil.ErrLogConflict) {
 		if held, askErr := lock.Alive(ctx); askErr == nil && held {
@@ -119,7 +134,7 @@ func (w *worker) readLog(r *logFollower) {
 	if r.every {
 		opts = append(opts, etcdutil.WithEveryEntry(r.from))
 	}
-	reader, err := etcdutil.NewLogReader[string](w.ctx, w.host.client, logName, opts...)
+	reader, err := etcdutil.NewLogReader[string](w.caller(w.ctx), w.host.client, logName, opts...)
 	if err == nil {
 		part := logPart{after: r.last()}
 		err = w.readEntries(reader, r, &part)
@@ -173,15 +188,16 @@ func (w *worker) readEntries(reader *etcdutil.LogReader[string], r *logFollower,
 
 // checkLog compares what writers were told and readers read with what the oracle saw.
 func (t *torture) checkLog(changes []change) {
-	var entries []change
-	for _, c := range changes {
-		if c.key == logName {
-			entries = append(entries, c)
+	for _, log := range []*journal{t.log, t.disturbedLog} {
+		for _, v := range checkLogged(log.appends.all, changesOf(log.key, changes)) {
+			t.violate("log: %s: %s", log.key, v)
 		}
 	}
-	for _, v := range checkAppends(t.appends.all, entries) {
-		t.violate("log: %s", v)
+	revision := func(c change) int64 { return c.revision }
+	for _, v := range checkAppends(t.commits.all, changesOf(disturbedKey, changes), revision) {
+		t.violate("commit: %s: %s", disturbedKey, v)
 	}
+	entries := changesOf(t.log.key, changes)
 	for _, r := range t.logReaders {
 		for _, p := range r.parts {
 			for _, v := range checkLogPart(p, entries, r.every) {
@@ -191,47 +207,64 @@ func (t *torture) checkLog(changes []change) {
 	}
 }
 
-// checkAppends checks that versions have no gap, that every acknowledged entry is there once, at its version, and in order,
-// that no other is there twice, and that none is there that was refused.
-func checkAppends(all []appended, entries []change) (violations []string) {
-	bad := func(format string, args ...any) { violations = append(violations, fmt.Sprintf(format, args...)) }
-	versions := make(map[string][]int64)
+func changesOf(key string, changes []change) (of []change) {
+	for _, c := range changes {
+		if c.key == key {
+			of = append(of, c)
+		}
+	}
+	return of
+}
+
+// checkLogged checks that versions have no gap, and what checkAppends does.
+func checkLogged(all []appended, entries []change) (violations []string) {
 	for i, e := range entries {
 		if e.deleted || e.version != int64(i+1) {
-			bad("entry %d is of version %d, at revision %d", i+1, e.version, e.revision)
+			violations = append(violations, fmt.Sprintf("entry %d is of version %d, at revision %d", i+1, e.version, e.revision))
 		}
-		value, _ := decode(e.value)
-		versions[value] = append(versions[value], e.version)
+	}
+	version := func(c change) int64 { return c.version }
+	return append(violations, checkAppends(all, entries, version)...)
+}
+
+// checkAppends checks that every acknowledged write was applied once, at its place, and in order, that no
+// other was applied twice, and that none was applied that was refused.
+func checkAppends(all []appended, applied []change, place func(change) int64) (violations []string) {
+	bad := func(format string, args ...any) { violations = append(violations, fmt.Sprintf(format, args...)) }
+	places := make(map[string][]int64)
+	for _, c := range applied {
+		value, _ := decode(c.value)
+		places[value] = append(places[value], place(c))
 	}
 	for _, a := range all {
-		at := versions[a.value]
-		delete(versions, a.value)
+		at := places[a.value]
+		delete(places, a.value)
 		switch {
 		case len(at) > 1:
-			bad("%s entry %s is there %d times, as versions %d", a.outcome, a.value, len(at), at)
+			bad("%s write %s was applied %d times, at %d", a.outcome, a.value, len(at), at)
 		case a.outcome == acknowledged && len(at) == 0:
-			bad("acknowledged entry %s, version %d, is lost", a.value, a.version)
-		case a.outcome == acknowledged && at[0] != a.version:
-			bad("entry %s was acknowledged as version %d, but is version %d", a.value, a.version, at[0])
+			bad("acknowledged write %s, at %d, is lost", a.value, a.place)
+		case a.outcome == acknowledged && at[0] != a.place:
+			bad("write %s was acknowledged at %d, but was applied at %d", a.value, a.place, at[0])
 		case a.outcome == refused && len(at) > 0:
-			bad("entry %s was refused, but is there as version %d", a.value, at[0])
+			bad("write %s was refused (%v), but was applied at %d", a.value, a.err, at[0])
 		}
 	}
-	for value := range versions {
-		bad("entry %s was never written", value)
+	for value := range places {
+		bad("%s was never written", value)
 	}
 	return append(violations, checkOrder(all)...)
 }
 
-// checkOrder checks that what was acknowledged before another write began has the smaller version.
+// checkOrder checks that what was acknowledged before another write began has the smaller place.
 func checkOrder(all []appended) (violations []string) {
 	sorted := slices.DeleteFunc(slices.Clone(all), func(a appended) bool { return a.outcome != acknowledged })
-	slices.SortFunc(sorted, func(a, b appended) int { return cmp.Compare(a.version, b.version) })
-	var latest appended // of those with smaller versions, the one that was begun last
+	slices.SortFunc(sorted, func(a, b appended) int { return cmp.Compare(a.place, b.place) })
+	var latest appended // of those with smaller places, the one that was begun last
 	for _, a := range sorted {
 		if latest.call > a.back {
-			violations = append(violations, fmt.Sprintf("entry %s, version %d, was acknowledged at %v, before entry %s, version %d, was begun at %v",
-				a.value, a.version, ms(a.back), latest.value, latest.version, ms(latest.call)))
+			violations = append(violations, fmt.Sprintf("write %s, at %d, was acknowledged at %v, before write %s, at %d, was begun at %v",
+				a.value, a.place, ms(a.back), latest.value, latest.place, ms(latest.call)))
 		}
 		if a.call > latest.call {
 			latest = a

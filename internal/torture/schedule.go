@@ -28,6 +28,14 @@ const (
 	compact       kind = "compact"
 	pauseHolders  kind = "pause holders"
 	lateHolders   kind = "pause holders, deliver late"
+	cancelUnsent  kind = "answer canceled, not sent"
+	cancelApplied kind = "answer canceled, applied"
+	cancelLate    kind = "answer canceled, sent late"
+	addMetadata   kind = "callers' metadata"
+
+	restoreIsland kind = "island: restore from a backup"
+	denyIsland    kind = "island: take the permission away"
+	takeIsland    kind = "island: delete lock key"
 )
 
 // A fault is one entry of the schedule.
@@ -52,12 +60,15 @@ const (
 	hosts   = 5
 	// calmHosts are further ones, whose links are slow at times, and no more.
 	calmHosts = 2
+	// firstIslander is the number of the first host on the island.
+	firstIslander = 100
 )
 
 // plan makes the schedule of a seed. A shorter one is the beginning of a longer one, save what would not be healed in time.
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
-	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses} {
+	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses, planAnswers,
+		planMetadata, planIsland, planIslandKeys} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -168,6 +179,49 @@ func planPauses(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		f.Kind = pauseHolders
 	}
 	return f, f.At + f.For + between(r, 100*time.Millisecond, time.Second)
+}
+
+// planAnswers spoils the answers to a host's writes, also those of calm hosts: a lease that lives on
+// is where a write that comes late does harm.
+func planAnswers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:   after + between(r, 200*time.Millisecond, 1200*time.Millisecond),
+		Kind: pick(r, cancelUnsent, cancelApplied, cancelApplied, cancelLate),
+		Host: r.IntN(hosts + calmHosts),
+		For:  between(r, 300*time.Millisecond, 2*time.Second),
+	}
+	f.Aimed = f.Kind == cancelApplied
+	return f, f.At
+}
+
+func planMetadata(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:   after + between(r, 200*time.Millisecond, 1200*time.Millisecond),
+		Kind: addMetadata,
+		Host: r.IntN(hosts + calmHosts),
+		For:  between(r, 500*time.Millisecond, 2*time.Second),
+	}
+	return f, f.At
+}
+
+// planIsland has one fault of the island at a time. After a restore there is time in which wrong holders
+// would be seen, and after a denial time in which detectors that have switched themselves off would be.
+func planIsland(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:   after + between(r, 500*time.Millisecond, 3*time.Second),
+		Kind: pick(r, restoreIsland, denyIsland),
+		For:  between(r, 500*time.Millisecond, 3*time.Second),
+	}
+	if f.Kind == denyIsland {
+		f.For = between(r, 300*time.Millisecond, 1500*time.Millisecond)
+		return f, f.At + f.For + between(r, 4*time.Second, 6*time.Second)
+	}
+	return f, f.At + f.For + between(r, 3*time.Second, 9*time.Second)
+}
+
+func planIslandKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{At: after + between(r, time.Second, 3*time.Second), Kind: takeIsland}
+	return f, f.At
 }
 
 func between(r *rand.Rand, low, high time.Duration) time.Duration {

@@ -32,6 +32,7 @@ type torture struct {
 	hosts    []*host
 	children []*child
 	apart    []*host // the children's
+	island   *island
 
 	ledger     *ledger
 	pulse      *pulse
@@ -46,9 +47,13 @@ type torture struct {
 	observers  []*observer
 	snapshots  []*snapshotFollower
 	followers  []*progress
-	appends    appends
+	workers    atomic.Int64
+	log        *journal
 	logReaders []*logFollower
-	compacted  atomic.Int64 // the last revision that may be
+
+	disturbedLog *journal
+	commits      appends      // of disturbedKey
+	compacted    atomic.Int64 // the last revision that may be
 
 	mu         sync.Mutex
 	rand       *rand.Rand
@@ -63,7 +68,8 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 		seed: seed, length: length, pictures: pictures, clock: c,
 		ledger: newLedger(c), pulse: &pulse{clock: c}, troubles: &troubles{clock: c}, oracle: &oracle{}, history: &history{},
 		elements: map[lockset]*elements{fencedSet: {}, controlSet: {}, quickSet: {}},
-		waiters:  &waiters{}, operations: &tally{}, faults: &tally{}, holders: &tally{},
+		log:      &journal{key: logName}, disturbedLog: &journal{key: disturbedLogName},
+		waiters: &waiters{}, operations: &tally{}, faults: &tally{}, holders: &tally{},
 		rand: rand.New(rand.NewPCG(seed, 1<<32)),
 	}
 	t.ctx, t.end = context.WithCancel(context.Background())
@@ -120,6 +126,9 @@ func (t *torture) setUp() (err error) {
 			return err
 		}
 	}
+	if t.island, err = newIsland(t); err != nil {
+		return err
+	}
 	for i, s := range []lockset{fencedSet, controlSet} {
 		h, err := newHost(len(t.hosts)+i, t.cluster.Endpoints())
 		if err != nil {
@@ -159,6 +168,7 @@ func (t *torture) startWorkloads() {
 		t.startWatch(h)
 		t.startLog(h)
 	}
+	t.island.start()
 }
 
 // liveness is how long after the faults everybody may take to be served. It counts the time in which this process got to run.
@@ -173,6 +183,13 @@ const (
 func (t *torture) settle(r *report) error {
 	t.settling.Store(true)
 	healed := t.now()
+	var settling sync.WaitGroup
+	defer settling.Wait()
+	settling.Go(func() {
+		if err := t.island.settle(); err != nil {
+			t.fail(err)
+		}
+	})
 	target, err := t.revision(t.ctx)
 	if err != nil {
 		return fmt.Errorf("after the faults: %w", err)
@@ -295,6 +312,9 @@ func (t *torture) check(r *report) (err error) {
 	}
 	t.checkWatch(changes)
 	t.checkLog(changes)
+	if err := t.island.check(); err != nil {
+		return err
+	}
 	r.linearizable, err = t.checkRegisters(ctx)
 	return err
 }
@@ -340,6 +360,9 @@ func (t *torture) tearDown() {
 	t.stopWorkloads()
 	for _, h := range append(t.hosts, t.apart...) {
 		h.close()
+	}
+	if t.island != nil {
+		t.island.close()
 	}
 	if t.admin != nil {
 		_ = t.admin.Close()

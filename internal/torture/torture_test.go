@@ -58,7 +58,7 @@ func TestEveryKindOfFaultIsPlannedAndHealed(t *testing.T) {
 		}
 	}
 	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutHolder, holdBack, cutLink, dropReplies, delayLink,
-		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders} {
+		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders, cancelUnsent, cancelApplied, cancelLate, addMetadata} {
 		assert.NotZero(t, kinds[k], k)
 	}
 }
@@ -317,11 +317,11 @@ func TestSnapshotsSeeAStateThatEtcdNeverHad(t *testing.T) {
 		{key: watched, deleted: true, revision: 5},
 		{key: observedPrefix + "elsewhere", value: `"c"`, revision: 6},
 	}
-	assert.Empty(t, checkState(state{revision: 4, keys: map[string]string{watched: `"a"`, watched + "2": `"b"`}}, changes))
-	assert.Empty(t, checkState(state{revision: 6, keys: map[string]string{watched + "2": `"b"`}}, changes))
-	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched: `"a"`, watched + "2": `"b"`}}, changes))
-	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{}}, changes))
-	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched + "2": `"other"`}}, changes))
+	assert.Empty(t, checkState(state{revision: 4, keys: map[string]string{watched: `"a"`, watched + "2": `"b"`}}, watchedPrefix, changes))
+	assert.Empty(t, checkState(state{revision: 6, keys: map[string]string{watched + "2": `"b"`}}, watchedPrefix, changes))
+	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched: `"a"`, watched + "2": `"b"`}}, watchedPrefix, changes))
+	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{}}, watchedPrefix, changes))
+	assert.NotEmpty(t, checkState(state{revision: 5, keys: map[string]string{watched + "2": `"other"`}}, watchedPrefix, changes))
 }
 
 func logEntries(values ...string) (entries []change) {
@@ -332,12 +332,12 @@ func logEntries(values ...string) (entries []change) {
 }
 
 func ack(value string, version int64, call, back time.Duration) appended {
-	return appended{value: value, outcome: acknowledged, version: version, call: call, back: back}
+	return appended{value: value, outcome: acknowledged, place: version, call: call, back: back}
 }
 
 func TestLogPassesWhatWasToldTruly(t *testing.T) {
 	all := []appended{ack("a", 1, 0, 1), {value: "b", outcome: unknown, call: 2, back: 3}, {value: "r", outcome: refused}, {value: "u", outcome: unknown}, ack("c", 3, 4, 5)}
-	assert.Empty(t, checkAppends(all, logEntries("a", "b", "c")))
+	assert.Empty(t, checkLogged(all, logEntries("a", "b", "c")))
 }
 
 func TestLogSeesEachBrokenPromise(t *testing.T) {
@@ -357,7 +357,7 @@ func TestLogSeesEachBrokenPromise(t *testing.T) {
 		"gap":                {[]appended{a, b}, gap},
 		"disordered":         {[]appended{ack("a", 1, 5, 6), ack("b", 2, 2, 3)}, logEntries("a", "b")},
 	} {
-		assert.NotEmpty(t, checkAppends(c.all, c.entries), name)
+		assert.NotEmpty(t, checkLogged(c.all, c.entries), name)
 	}
 }
 

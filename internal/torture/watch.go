@@ -95,6 +95,7 @@ type observer struct {
 
 // A segment is what an observer received between two gaps. It goes on from one watcher to the next.
 type segment struct {
+	key, name  string
 	from, upTo int64 // all changes from here up to there were to be received
 	events     []etcdutil.Event[string]
 	gap        bool // it ended with ErrGap
@@ -111,7 +112,7 @@ func (w *worker) observe(o *observer) {
 	if o.prefix {
 		opts = append(opts, etcdutil.WithPrefix())
 	}
-	watcher, err := etcdutil.Watch[string](w.ctx, w.host.client, o.key, opts...)
+	watcher, err := etcdutil.Watch[string](w.caller(w.ctx), w.host.client, o.key, opts...)
 	if err == nil {
 		w.read(watcher, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
 		err = watcher.Close()
@@ -206,7 +207,7 @@ type state struct {
 }
 
 func (w *worker) followSnapshot(s *snapshotFollower) {
-	watcher, err := etcdutil.Watch[string](w.ctx, w.host.client, watchedPrefix, etcdutil.WithPrefix(), etcdutil.WithSnapshot())
+	watcher, err := etcdutil.Watch[string](w.caller(w.ctx), w.host.client, watchedPrefix, etcdutil.WithPrefix(), etcdutil.WithSnapshot())
 	if err != nil {
 		w.operations.add("snapshot: "+watchEnd(err), 1)
 		sleep(w.ctx, w.upTo(20*time.Millisecond))
@@ -267,7 +268,7 @@ func (t *torture) checkWatch(changes []change) {
 	}
 	for _, f := range t.snapshots {
 		for _, s := range f.synced {
-			if v := checkState(s, changes); v != "" {
+			if v := checkState(s, watchedPrefix, changes); v != "" {
 				t.violate("watch: snapshot follower on host %d: %s", f.host, v)
 			}
 		}
@@ -393,11 +394,11 @@ func decode(value string) (decoded string, ok bool) {
 }
 
 // checkState compares what a follower had with what etcd had at that revision.
-func checkState(s state, changes []change) string {
+func checkState(s state, prefix string, changes []change) string {
 	keys := make(map[string]string)
 	for _, c := range changes {
 		switch {
-		case c.revision > s.revision || !strings.HasPrefix(c.key, watchedPrefix):
+		case c.revision > s.revision || !strings.HasPrefix(c.key, prefix):
 		case c.deleted:
 			delete(keys, c.key)
 		default:

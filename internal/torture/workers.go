@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -16,14 +17,17 @@ const leaseTTL = 2 * time.Second
 // A worker is one client of one workload, on one host.
 type worker struct {
 	*torture
+	ledger  *ledger
 	host    *host
 	rand    *rand.Rand
 	waiting *waiter
+	id      int64
+	values  int // made by uniqueValue
 }
 
 // work runs a workload's step, again and again, until the run ends.
 func (t *torture) work(h *host, name string, contends bool, step func(w *worker)) {
-	w := &worker{torture: t, host: h, rand: t.newRand()}
+	w := &worker{torture: t, ledger: t.ledger, host: h, rand: t.newRand(), id: t.workers.Add(1)}
 	if contends {
 		w.waiting = t.waiters.add(name, h.id)
 	}
@@ -36,12 +40,12 @@ func (t *torture) work(h *host, name string, contends bool, step func(w *worker)
 
 // acquire takes a lock and notes it. After an error it waits a little, and returns nil.
 func (w *worker) acquire(parent context.Context, name string, opts ...etcdutil.LockOption) (*etcdutil.Lock, *holding) {
-	lock, err := etcdutil.Acquire(parent, w.host.client, name, opts...)
+	lock, err := etcdutil.Acquire(w.caller(parent), w.host.client, name, opts...)
 	return w.acquired(name, lock, err)
 }
 
 func (w *worker) tryAcquire(parent context.Context, name string, opts ...etcdutil.LockOption) (*etcdutil.Lock, *holding) {
-	lock, err := etcdutil.TryAcquire(parent, w.host.client, name, opts...)
+	lock, err := etcdutil.TryAcquire(w.caller(parent), w.host.client, name, opts...)
 	return w.acquired(name, lock, err)
 }
 
@@ -83,6 +87,12 @@ func outcomeOf(err error) string {
 		return "cancelled"
 	}
 	return "failed"
+}
+
+// uniqueValue is of the form HOST-WORKER-NUMBER.
+func (w *worker) uniqueValue() string {
+	w.values++
+	return fmt.Sprintf("%d-%d-%d", w.host.id, w.id, w.values)
 }
 
 func (w *worker) upTo(d time.Duration) time.Duration {
