@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strconv"
 	"sync"
 	"time"
@@ -26,16 +27,19 @@ const (
 	contestedName = "exclusion/contested"
 )
 
+// calmTTL is of the leases of calm hosts. No fault keeps a calm host from renewing for as long.
+const calmTTL = 5 * leaseTTL
+
 func (t *torture) startExclusion(h *host) {
 	t.work(h, strictName, true, (*worker).holdStrict)
 	t.work(h, disturbedName, true, (*worker).holdDisturbed)
 	t.work(h, contestedName, true, (*worker).holdContested)
-	t.startSharing(h, sharedName, leaseTTL)
+	t.startSharing(h, sharedName, leaseTTL, nil)
 }
 
-// startSharing has three clients share a lease.
-func (t *torture) startSharing(h *host, name string, ttl time.Duration) {
-	lease := &sharedLease{host: h, ttl: ttl}
+// startSharing has three clients share a lease. It calls lost, unless nil, when that is lost.
+func (t *torture) startSharing(h *host, name string, ttl time.Duration, lost func(time.Duration, error)) {
+	lease := &sharedLease{host: h, ttl: ttl, lost: lost}
 	for range 2 {
 		t.work(h, name, true, func(w *worker) { w.holdShared(name, lease) })
 	}
@@ -78,6 +82,9 @@ func (w *worker) awaitNetwork(lock *etcdutil.Lock) {
 // options are those of a lease of its own, and at times a bound on the wait.
 func (w *worker) options() []etcdutil.LockOption {
 	opts := []etcdutil.LockOption{etcdutil.WithTTL(leaseTTL)}
+	if w.chance(30) {
+		opts = append(opts, etcdutil.WithLogger(slog.New(&w.logs)))
+	}
 	if !w.settling.Load() && w.chance(20) {
 		opts = append(opts, etcdutil.WithAcquireTimeout(time.Millisecond+w.upTo(4*time.Second)))
 	}

@@ -40,6 +40,13 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 		return t.faultAnswers(f), nil
 	case addMetadata:
 		return t.addMetadata(f), nil
+	case blockLogs, panicLogs:
+		t.logs.start(f.Kind)
+		sleep(context.Background(), f.For)
+		t.logs.stop()
+		return true, nil
+	case blackHole:
+		return t.blackHole(f), nil
 	case restoreIsland:
 		return true, t.island.restore(f)
 	case denyIsland:
@@ -160,6 +167,16 @@ func (t *torture) addMetadata(f fault) bool {
 	}
 	sleep(context.Background(), f.For)
 	h.metadata.Store(false)
+	return true
+}
+
+// blackHole cuts one member off from the host that is there for it.
+func (t *torture) blackHole(f fault) bool {
+	for _, l := range t.holed.to(f.Member) {
+		l.Cut()
+	}
+	sleep(context.Background(), f.For)
+	t.holed.heal()
 	return true
 }
 
@@ -309,6 +326,22 @@ func (t *troubles) between(host int, from, to time.Duration) bool {
 		}
 	}
 	return false
+}
+
+// within is for how long a host had troubles between two times. They may overlap.
+func (t *troubles) within(host int, from, to time.Duration) (sum time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, one := range t.all {
+		end := one.to
+		if end == 0 {
+			end = to
+		}
+		if one.host == host {
+			sum += max(0, min(end, to)-max(one.from, from))
+		}
+	}
+	return sum
 }
 
 func sleep(ctx context.Context, d time.Duration) {

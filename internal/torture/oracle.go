@@ -22,6 +22,7 @@ type change struct {
 	create   int64
 	version  int64
 	revision int64
+	lease    int64
 }
 
 // oracle is what etcd itself says happened: all changes under the observed prefix, in order. It watches with a plain client,
@@ -63,6 +64,7 @@ func (o *oracle) take(resp clientv3.WatchResponse) {
 		o.changes = append(o.changes, change{
 			key: string(e.Kv.Key), value: string(e.Kv.Value), deleted: e.Type == clientv3.EventTypeDelete,
 			create: e.Kv.CreateRevision, version: e.Kv.Version, revision: e.Kv.ModRevision,
+			lease: e.Kv.Lease,
 		})
 		o.seen = e.Kv.ModRevision
 	}

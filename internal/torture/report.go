@@ -24,6 +24,12 @@ func (t *tally) add(name string, n int) {
 	t.of[name] += n
 }
 
+func (t *tally) get(name string) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.of[name]
+}
+
 func (t *tally) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -32,6 +32,9 @@ const (
 	cancelApplied kind = "answer canceled, applied"
 	cancelLate    kind = "answer canceled, sent late"
 	addMetadata   kind = "callers' metadata"
+	blockLogs     kind = "loggers block"
+	panicLogs     kind = "loggers panic"
+	blackHole     kind = "a member is a black hole"
 
 	restoreIsland kind = "island: restore from a backup"
 	denyIsland    kind = "island: take the permission away"
@@ -68,7 +71,7 @@ const (
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
 	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses, planAnswers,
-		planMetadata, planIsland, planIslandKeys} {
+		planMetadata, planIsland, planIslandKeys, planLogs, planHole} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -222,6 +225,29 @@ func planIsland(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 func planIslandKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{At: after + between(r, time.Second, 3*time.Second), Kind: takeIsland}
 	return f, f.At
+}
+
+// planLogs has loggers block for longer than a calm host's lease lives.
+func planLogs(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:   after + between(r, time.Second, 4*time.Second),
+		Kind: pick(r, blockLogs, blockLogs, panicLogs),
+		For:  between(r, 11*time.Second, 14*time.Second),
+	}
+	if f.Kind == panicLogs {
+		f.For /= 4
+	}
+	return f, f.At + f.For
+}
+
+func planHole(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, time.Second, 3*time.Second),
+		Kind:   blackHole,
+		Member: r.IntN(members),
+		For:    between(r, 7*time.Second, 14*time.Second),
+	}
+	return f, f.At + f.For
 }
 
 func between(r *rand.Rand, low, high time.Duration) time.Duration {

@@ -32,6 +32,7 @@ type torture struct {
 	hosts    []*host
 	children []*child
 	apart    []*host // the children's
+	holed    *host   // for which members are black holes
 	island   *island
 
 	ledger     *ledger
@@ -49,8 +50,13 @@ type torture struct {
 	followers  []*progress
 	workers    atomic.Int64
 	log        *journal
+	logs       logs
+	calmLosses leaseLosses
 	logReaders []*logFollower
 
+	counted      tally // by leaders, by outcome
+	mirrors      []*mirrorFollower
+	mirrorWrites mirrorWrites
 	disturbedLog *journal
 	commits      appends      // of disturbedKey
 	compacted    atomic.Int64 // the last revision that may be
@@ -126,6 +132,10 @@ func (t *torture) setUp() (err error) {
 			return err
 		}
 	}
+	if t.holed, err = newHoledHost(hosts+calmHosts, t.cluster.Endpoints()); err != nil {
+		return err
+	}
+	t.hosts = append(t.hosts, t.holed)
 	if t.island, err = newIsland(t); err != nil {
 		return err
 	}
@@ -153,8 +163,9 @@ func (t *torture) setUp() (err error) {
 
 // startWorkloads starts five clients of each, or more. Of the lock-sets one is a child, which already queues.
 func (t *torture) startWorkloads() {
-	for _, h := range t.hosts[hosts:] {
-		t.startSharing(h, reusedName, 5*leaseTTL)
+	t.startHoled(t.holed)
+	for _, h := range t.hosts[hosts : hosts+calmHosts] {
+		t.startSharing(h, reusedName, calmTTL, t.calmLosses.add)
 		t.work(h, disturbedName, true, (*worker).holdDisturbed)
 	}
 	for _, h := range t.hosts[:hosts] {
@@ -167,6 +178,10 @@ func (t *torture) startWorkloads() {
 		t.startRegister(h)
 		t.startWatch(h)
 		t.startLog(h)
+		t.startLead(h)
+	}
+	for _, h := range t.hosts {
+		t.startMirror(h)
 	}
 	t.island.start()
 }
@@ -312,6 +327,10 @@ func (t *torture) check(r *report) (err error) {
 	}
 	t.checkWatch(changes)
 	t.checkLog(changes)
+	t.checkMirrors(changes)
+	if err := t.checkLead(ctx); err != nil {
+		return err
+	}
 	if err := t.island.check(); err != nil {
 		return err
 	}
@@ -345,6 +364,11 @@ func (t *torture) checkHoldings(r *report) {
 			t.violate("%s", v)
 		}
 		r.told += told
+	}
+	for _, l := range t.calmLosses.all() {
+		if within(stalls, l.at-calmTTL, l.at) < calmTTL/10 {
+			t.violate("lease: one of a calm host was lost at %v: %v", ms(l.at), l.err)
+		}
 	}
 }
 

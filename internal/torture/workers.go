@@ -61,10 +61,17 @@ func (w *worker) acquired(name string, lock *etcdutil.Lock, err error) (*etcduti
 	return lock, h
 }
 
-// release gives a lock back, and checks that Close says nothing but what it may.
+// closedWithin bounds a Close, with a second for a busy machine.
+const closedWithin = 5*time.Second + time.Second
+
+// release gives a lock back, and checks that Close says nothing but what it may, and returns in time.
 func (w *worker) release(lock *etcdutil.Lock, h *holding) {
 	w.ledger.release(h)
+	begun := w.now()
 	err := lock.Close()
+	if took := w.ran(begun); took > closedWithin {
+		w.violate("release: %s: Close took %v", lock.Name(), ms(took))
+	}
 	w.operations.add("release: "+outcomeOf(err), 1)
 	if err != nil && !errors.Is(err, etcdutil.ErrLockLost) && !errors.Is(err, etcdutil.ErrUnknownOutcome) {
 		w.violate("release: %s: Close returned neither loss nor doubt: %v", lock.Name(), err)
