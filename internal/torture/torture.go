@@ -54,12 +54,13 @@ type torture struct {
 	calmLosses leaseLosses
 	logReaders []*logFollower
 
-	counted      tally // by leaders, by outcome
-	mirrors      []*mirrorFollower
-	mirrorWrites mirrorWrites
-	disturbedLog *journal
-	commits      appends      // of disturbedKey
-	compacted    atomic.Int64 // the last revision that may be
+	counted         tally // by leaders, by outcome
+	holderFollowers []*holderFollower
+	mirrors         []*mirrorFollower
+	mirrorWrites    mirrorWrites
+	disturbedLog    *journal
+	commits         appends      // of disturbedKey
+	compacted       atomic.Int64 // the last revision that may be
 
 	mu         sync.Mutex
 	rand       *rand.Rand
@@ -179,6 +180,7 @@ func (t *torture) startWorkloads() {
 		t.startWatch(h)
 		t.startLog(h)
 		t.startLead(h)
+		t.startWatchHolder(h)
 	}
 	for _, h := range t.hosts {
 		t.startMirror(h)
@@ -328,6 +330,7 @@ func (t *torture) check(r *report) (err error) {
 	t.checkWatch(changes)
 	t.checkLog(changes)
 	t.checkMirrors(changes)
+	t.checkHolders(changes)
 	if err := t.checkLead(ctx); err != nil {
 		return err
 	}

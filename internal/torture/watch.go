@@ -114,7 +114,7 @@ func (w *worker) observe(o *observer) {
 	}
 	watcher, err := etcdutil.Watch[string](w.caller(w.ctx), w.host.client, o.key, opts...)
 	if err == nil {
-		w.read(watcher, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
+		readFrom(w, watcher, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
 		err = watcher.Close()
 		w.leave(o, s, watcher.Revision())
 	}
@@ -170,8 +170,8 @@ func (w *worker) segmentOf(o *observer) *segment {
 	return s
 }
 
-// read reads for a while, and to the end once the faults have stopped.
-func (w *worker) read(watcher *etcdutil.Watcher[string], reached *progress, take func(etcdutil.Event[string])) {
+// readFrom reads from a watcher for a while, and to the end once the faults have stopped.
+func readFrom[T any](w *worker, watcher *etcdutil.Watcher[T], reached *progress, take func(etcdutil.Event[T])) {
 	until := time.Now().Add(500*time.Millisecond + w.upTo(8*time.Second))
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -215,7 +215,7 @@ func (w *worker) followSnapshot(s *snapshotFollower) {
 	}
 	keys := make(map[string]string)
 	var last []etcdutil.Event[string] // of one revision
-	w.read(watcher, &s.reached, func(e etcdutil.Event[string]) {
+	readFrom(w, watcher, &s.reached, func(e etcdutil.Event[string]) {
 		if len(last) > 0 && last[0].Revision != e.Revision {
 			follow(keys, last)
 			last = last[:0]
