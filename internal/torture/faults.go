@@ -45,6 +45,8 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 		sleep(context.Background(), f.For)
 		t.logs.stop()
 		return true, nil
+	case deleteRegistered:
+		return t.deleteRegistered(f), nil
 	case blackHole:
 		return t.blackHole(f), nil
 	case restoreIsland:
@@ -342,6 +344,11 @@ func (t *troubles) within(host int, from, to time.Duration) (sum time.Duration) 
 		}
 	}
 	return sum
+}
+
+// quietFor is for how long within a time a host had no troubles, and this process was not stalled.
+func (t *torture) quietFor(host int, from, to time.Duration) time.Duration {
+	return t.quiet(from, to) - t.troubles.within(host, from, to)
 }
 
 func sleep(ctx context.Context, d time.Duration) {

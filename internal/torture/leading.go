@@ -51,16 +51,16 @@ func (w *worker) lead(ctx context.Context) error {
 		w.violate("lead: the leader's context on host %d has no lock", w.host.id)
 		return errResigned
 	}
-	h := w.ledger.begin(w.host.id, lock)
+	h := w.ledger.beginUnder(ctx, w.host.id, lock)
 	defer w.ledger.release(h)
 	w.holders.add(leaderName, 1)
 	w.waiting.had(w.now())
 	for range w.upToTimes(20) {
-		if lock.Err() != nil {
+		if ctx.Err() != nil {
 			break
 		}
 		w.countAsLeader(lock)
-		w.hold(lock, w.upTo(100*time.Millisecond))
+		w.hold(ctx, w.upTo(100*time.Millisecond))
 	}
 	if w.chance(20) {
 		return errResigned

@@ -28,6 +28,7 @@ type holding struct {
 	disturbed     bool          // the torture deleted the lock's key, or revoked its lease
 	deleted       time.Duration // when that was surely done, 0 if it was not
 	lock          *etcdutil.Lock
+	until         context.Context // whose end tells that the lock is lost: the lock, or what it has its holder run under
 	stopListening func() bool
 	ended         bool
 }
@@ -53,13 +54,16 @@ type ledger struct {
 func newLedger(c clock) *ledger { return &ledger{clock: c, current: make(map[string]*holding)} }
 
 // begin is called when Acquire has returned.
-func (l *ledger) begin(host int, lock *etcdutil.Lock) *holding {
-	h := &holding{name: lock.Name(), host: host, token: lock.Token(), acquired: l.now(), lock: lock}
+func (l *ledger) begin(host int, lock *etcdutil.Lock) *holding { return l.beginUnder(lock, host, lock) }
+
+// beginUnder is begin for a holder that runs under a context of its own.
+func (l *ledger) beginUnder(until context.Context, host int, lock *etcdutil.Lock) *holding {
+	h := &holding{name: lock.Name(), host: host, token: lock.Token(), acquired: l.now(), lock: lock, until: until}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.all = append(l.all, h)
 	l.current[h.name] = h
-	h.stopListening = context.AfterFunc(lock, func() { l.contextEnded(h) })
+	h.stopListening = context.AfterFunc(until, func() { l.contextEnded(h) })
 	return h
 }
 
@@ -68,7 +72,7 @@ func (l *ledger) contextEnded(h *holding) {
 	now := l.now()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if lost := errors.Is(context.Cause(h.lock), etcdutil.ErrLockLost); lost {
+	if lost := errors.Is(context.Cause(h.until), etcdutil.ErrLockLost); lost {
 		l.finish(h, now, true)
 	}
 }
@@ -79,11 +83,11 @@ func (l *ledger) release(h *holding) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	h.stopListening()
-	if expiry := h.lock.Lease().Expiry().Sub(l.start); h.lock.Err() != nil && expiry < now {
+	if expiry := h.lock.Lease().Expiry().Sub(l.start); h.until.Err() != nil && expiry < now {
 		l.finish(h, expiry, false)
 		return
 	}
-	l.finish(h, now, errors.Is(context.Cause(h.lock), etcdutil.ErrLockLost))
+	l.finish(h, now, errors.Is(context.Cause(h.until), etcdutil.ErrLockLost))
 }
 
 func (l *ledger) finish(h *holding, at time.Duration, told bool) {

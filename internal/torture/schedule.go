@@ -36,6 +36,8 @@ const (
 	panicLogs     kind = "loggers panic"
 	blackHole     kind = "a member is a black hole"
 
+	deleteRegistered kind = "delete registered key"
+
 	restoreIsland kind = "island: restore from a backup"
 	denyIsland    kind = "island: take the permission away"
 	takeIsland    kind = "island: delete lock key"
@@ -71,7 +73,7 @@ const (
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
 	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses, planAnswers,
-		planMetadata, planIsland, planIslandKeys, planLogs, planHole} {
+		planMetadata, planIsland, planIslandKeys, planLogs, planHole, planRegistered} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -248,6 +250,15 @@ func planHole(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		For:    between(r, 7*time.Second, 14*time.Second),
 	}
 	return f, f.At + f.For
+}
+
+func planRegistered(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:   after + between(r, 500*time.Millisecond, 2*time.Second),
+		Kind: deleteRegistered,
+		Host: r.IntN(hosts + calmHosts),
+	}
+	return f, f.At
 }
 
 func between(r *rand.Rand, low, high time.Duration) time.Duration {

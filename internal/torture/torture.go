@@ -56,6 +56,7 @@ type torture struct {
 
 	counted         tally // by leaders, by outcome
 	holderFollowers []*holderFollower
+	registrants     []*registrant
 	mirrors         []*mirrorFollower
 	mirrorWrites    mirrorWrites
 	disturbedLog    *journal
@@ -93,6 +94,7 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	defer stop()
 
 	t.startWorkloads()
+	following.Go(func() { t.followRegistered(background) })
 	t.begun = t.now()
 	t.inject(plan(seed, length))
 	sleep(t.ctx, t.begun+length-t.now())
@@ -184,6 +186,7 @@ func (t *torture) startWorkloads() {
 	}
 	for _, h := range t.hosts {
 		t.startMirror(h)
+		t.startRegistered(h)
 	}
 	t.island.start()
 }
@@ -330,6 +333,7 @@ func (t *torture) check(r *report) (err error) {
 	t.checkWatch(changes)
 	t.checkLog(changes)
 	t.checkMirrors(changes)
+	t.checkRegistered(changes)
 	t.checkHolders(changes)
 	if err := t.checkLead(ctx); err != nil {
 		return err

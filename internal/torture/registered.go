@@ -1,0 +1,178 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"example.com/etcdutil"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+const (
+	registeredPrefix = observedPrefix + "registered/"
+	// foughtOverKey is registered by every host.
+	foughtOverKey = registeredPrefix + "fought-over"
+	// registeredWithin bounds how long a registered key may be missing while its host and etcd are well,
+	// with time for a busy machine.
+	registeredWithin = time.Second + 2*time.Second
+)
+
+// A registrant keeps a key registered.
+type registrant struct {
+	host *host
+	key  string
+	mu   sync.Mutex
+	// value is what the key has to have, and absent since when it has been seen without; "" and 0 if
+	// nothing is to be there, or it is.
+	value string
+	since time.Duration
+}
+
+func (t *torture) startRegistered(h *host) {
+	r := &registrant{host: h, key: fmt.Sprintf("%s%d", registeredPrefix, h.id)}
+	t.registrants = append(t.registrants, r)
+	t.work(h, "", false, func(w *worker) { w.keepRegistered(r) })
+	t.work(h, "", false, (*worker).fightOver)
+}
+
+// keepRegistered registers the key, changes its value at times, and closes it after a while.
+func (w *worker) keepRegistered(r *registrant) {
+	value := w.uniqueValue()
+	reg, err := etcdutil.Register(w.caller(w.ctx), w.host.client, r.key, value, etcdutil.WithTTL(leaseTTL))
+	w.operations.add("register key: "+outcomeOf(err), 1)
+	if err != nil {
+		sleep(w.ctx, w.upTo(20*time.Millisecond))
+		return
+	}
+	r.expect(value)
+	for end := w.now() + w.upTo(20*time.Second); reg.Err() == nil && (w.now() < end || w.settling.Load()); {
+		sleep(reg, w.upTo(2*time.Second))
+		if w.chance(30) && !w.settling.Load() {
+			r.expect("") // until it is known which value is there
+			value = w.uniqueValue()
+			if err := w.set(reg, value); err == nil {
+				r.expect(value)
+			}
+		}
+	}
+	if w.ctx.Err() == nil && reg.Err() != nil {
+		w.violate("register: %s ended: %v", r.key, context.Cause(reg))
+	}
+	r.expect("")
+	w.unregister(reg)
+}
+
+func (w *worker) set(reg *etcdutil.Registration[string], value string) error {
+	ctx, cancel := context.WithTimeout(w.ctx, 5*time.Second)
+	defer cancel()
+	err := reg.Set(ctx, value)
+	w.operations.add("register set: "+outcomeOf(err), 1)
+	return err
+}
+
+func (w *worker) unregister(reg *etcdutil.Registration[string]) {
+	err := reg.Close()
+	w.operations.add("unregister: "+outcomeOf(err), 1)
+}
+
+// fightOver registers the key that all hosts want. Who is replaced gives up for a while.
+func (w *worker) fightOver() {
+	reg, err := etcdutil.Register(w.caller(w.ctx), w.host.client, foughtOverKey, w.uniqueValue(), etcdutil.WithTTL(leaseTTL))
+	w.operations.add("register, fought over: "+outcomeOf(err), 1)
+	if err == nil {
+		sleep(reg, w.upTo(3*time.Second))
+		if reg.Err() != nil && w.ctx.Err() == nil && !errors.Is(context.Cause(reg), etcdutil.ErrReplaced) {
+			w.violate("register: %s ended on host %d, but was not replaced: %v", foughtOverKey, w.host.id, context.Cause(reg))
+		}
+		w.unregister(reg)
+	}
+	sleep(w.ctx, w.upTo(3*time.Second))
+}
+
+func (r *registrant) expect(value string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.value, r.since = value, 0
+}
+
+// look notes what the key has, and reports since when it has been missing.
+func (r *registrant) look(has string, now time.Duration) (since time.Duration, missing bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.value == "" || r.value == has {
+		r.since = 0
+		return 0, false
+	}
+	if r.since == 0 {
+		r.since = now
+	}
+	return r.since, true
+}
+
+// followRegistered looks again and again whether the registered keys are there.
+func (t *torture) followRegistered(ctx context.Context) {
+	for ctx.Err() == nil {
+		t.lookAtRegistered(ctx)
+		sleep(ctx, 100*time.Millisecond)
+	}
+}
+
+func (t *torture) lookAtRegistered(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	asked := t.now()
+	resp, err := t.admin.Get(ctx, registeredPrefix, clientv3.WithPrefix())
+	if err != nil {
+		return
+	}
+	values := make(map[string]string)
+	for _, kv := range resp.Kvs {
+		values[string(kv.Key)], _ = decode(string(kv.Value))
+	}
+	for _, r := range t.registrants {
+		since, missing := r.look(values[r.key], asked)
+		if missing && t.quietFor(r.host.id, since, asked) > registeredWithin {
+			t.violate("register: %s has been without its value from %v to %v, %v of it quiet", r.key, ms(since), ms(asked), ms(t.quietFor(r.host.id, since, asked)))
+			r.expect("")
+		}
+	}
+}
+
+// deleteRegistered deletes a registered key behind its owner's back.
+func (t *torture) deleteRegistered(f fault) bool {
+	ctx, cancel := context.WithTimeout(t.ctx, time.Second)
+	defer cancel()
+	_, err := t.admin.Delete(ctx, fmt.Sprintf("%s%d", registeredPrefix, f.Host))
+	return err == nil
+}
+
+// checkRegistered checks that nobody wrote the key that all want after having been replaced.
+func (t *torture) checkRegistered(changes []change) {
+	for _, v := range checkFlapping(changesOf(foughtOverKey, changes)) {
+		t.violate("register: %s: %s", foughtOverKey, v)
+	}
+}
+
+func checkFlapping(changes []change) (violations []string) {
+	last := make(map[string]int64) // by value, which is of one registration
+	current := ""
+	for _, c := range changes {
+		value, _ := decode(c.value)
+		if c.deleted {
+			current = "" // whoever has not seen who replaced it may come back
+			clear(last)
+		}
+		if c.deleted || value == current {
+			continue
+		}
+		if at, again := last[value]; again {
+			violations = append(violations, fmt.Sprintf("%s wrote it at %d, was replaced, and wrote it again at %d", value, at, c.revision))
+		}
+		current = value
+		last[value] = c.revision
+	}
+	return violations
+}
