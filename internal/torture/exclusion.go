@@ -92,7 +92,11 @@ func (w *worker) options() []etcdutil.LockOption {
 }
 
 func (w *worker) holdDisturbed() {
-	lock, h := w.acquire(w.ctx, disturbedName, w.options()...)
+	opts := w.options()
+	if w.host.id >= hosts { // where leases live on for others to see what a logger does
+		opts = append(opts, etcdutil.WithLogger(slog.New(&w.logs)))
+	}
+	lock, h := w.acquire(w.ctx, disturbedName, opts...)
 	if lock == nil {
 		return
 	}

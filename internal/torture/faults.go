@@ -45,6 +45,9 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 		sleep(context.Background(), f.For)
 		t.logs.stop()
 		return true, nil
+	case cutCrowd, resetCrowd:
+		t.faultCrowd(f)
+		return true, nil
 	case deleteRegistered:
 		return t.deleteRegistered(f), nil
 	case blackHole:
@@ -172,14 +175,32 @@ func (t *torture) addMetadata(f fault) bool {
 	return true
 }
 
-// blackHole cuts one member off from the host that is there for it.
+// blackHole cuts one member off from a host that is there for it.
 func (t *torture) blackHole(f fault) bool {
-	for _, l := range t.holed.to(f.Member) {
+	h := t.hosts[f.Host]
+	if !h.faulted.CompareAndSwap(false, true) {
+		return false
+	}
+	for _, l := range h.to(f.Member) {
 		l.Cut()
 	}
 	sleep(context.Background(), f.For)
-	t.holed.heal()
+	h.heal()
+	h.faulted.Store(false)
 	return true
+}
+
+func (t *torture) faultCrowd(f fault) {
+	h := t.hosts[f.Host]
+	for _, l := range h.to(f.Member) {
+		if f.Kind == cutCrowd {
+			l.Cut()
+		} else {
+			l.Reset()
+		}
+	}
+	sleep(context.Background(), f.For)
+	h.heal()
 }
 
 // target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.

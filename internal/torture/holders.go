@@ -58,7 +58,7 @@ func (w *worker) watchHolder(f *holderFollower) {
 		sleep(w.ctx, w.upTo(20*time.Millisecond))
 		return
 	}
-	readFrom(w, watcher, &f.reached, func(e etcdutil.Event[etcdutil.Contender]) {
+	readFrom(w, watcher, usual, &f.reached, func(e etcdutil.Event[etcdutil.Contender]) {
 		switch e.Type {
 		case etcdutil.EventPut:
 			f.seen = append(f.seen, holderSeen{e.Value.Token, e.Revision})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"example.com/etcdutil"
@@ -9,8 +10,8 @@ import (
 )
 
 const (
-	// holedName is a lock of the host for which one member at a time is a black hole. Its client has no
-	// keepalive for connections, and so clientv3 does not notice.
+	// holedName begins the names of the locks of hosts for which one member at a time is a black hole.
+	// Their clients have no keepalive for connections, and so clientv3 does not notice.
 	holedName = "exclusion/holed"
 	// holedTTL is longer than what is measured: the lease's end is not what tells the holder.
 	holedTTL = 20 * time.Second
@@ -22,24 +23,48 @@ const (
 	holedToldWithin = 5*time.Second + 1500*time.Millisecond
 )
 
-// startHoled has the client acquire a lock, hold it, and wait until it is told that its key was deleted.
-func (t *torture) startHoled(h *host) { t.work(h, holedName, true, (*worker).holdHoled) }
+// startHoled has the client hold a lock when its host loses a member, and acquire locks meanwhile.
+func (t *torture) startHoled(h *host) {
+	name := fmt.Sprintf("%s-%d", holedName, h.id)
+	t.work(h, name, true, func(w *worker) { w.holdHoled(name) })
+}
 
-func (w *worker) holdHoled() {
-	begun := w.now()
-	lock, h := w.acquire(w.ctx, holedName, etcdutil.WithTTL(holedTTL))
+// holdHoled holds a lock from before a member is a black hole, and is to be told that its key is
+// deleted although it may have heard of it from that member. Then it acquires it while that lasts.
+func (w *worker) holdHoled(name string) {
+	lock, h := w.acquireQuickly(name)
 	if lock == nil {
 		return
 	}
-	w.operations.add("holed: acquired", 1)
-	if took := w.quiet(begun, w.now()); took > acquiredWithin {
-		w.violate("black hole: Acquire took %v, from %v on, of which %v were quiet", ms(w.now()-begun), ms(begun), ms(took))
+	for !w.host.faulted.Load() && !w.settling.Load() && lock.Err() == nil {
+		sleep(lock, 10*time.Millisecond)
 	}
-	w.hold(lock, w.upTo(3*time.Second))
 	if !w.settling.Load() {
+		sleep(lock, w.upTo(300*time.Millisecond))
 		w.awaitTold(lock, h)
 	}
 	w.release(lock, h)
+	for w.host.faulted.Load() && w.ctx.Err() == nil {
+		if lock, h := w.acquireQuickly(name); lock != nil {
+			w.release(lock, h)
+		}
+		sleep(w.ctx, 50*time.Millisecond+w.upTo(200*time.Millisecond))
+	}
+	sleep(w.ctx, 20*time.Millisecond)
+}
+
+// acquireQuickly acquires a free lock, and checks how long that takes.
+func (w *worker) acquireQuickly(name string) (*etcdutil.Lock, *holding) {
+	begun := w.now()
+	lock, h := w.acquire(w.ctx, name, etcdutil.WithTTL(holedTTL))
+	if lock == nil {
+		return nil, nil
+	}
+	w.operations.add("holed: acquired", 1)
+	if took := w.quiet(begun, w.now()); took > acquiredWithin {
+		w.violate("black hole: Acquire of %s took %v, from %v on, of which %v were quiet", name, ms(w.now()-begun), ms(begun), ms(took))
+	}
+	return lock, h
 }
 
 // awaitTold deletes the lock's key and waits for the lock's end.

@@ -27,6 +27,9 @@ type island struct {
 	ledger  *ledger
 	losses  leaseLosses
 
+	disturbances *troubles // restores and denials
+	registry     *registry
+
 	writing sync.RWMutex // held by a restore, and shared by who changes observed keys
 	stop    func()       // ends the current oracle
 
@@ -64,10 +67,15 @@ const (
 	islandKeys     = 4
 )
 
-func islandKey(i int) string { return fmt.Sprintf("%sisland/k%d", observedPrefix, i) }
+const islandPrefix = observedPrefix + "island/"
+
+func islandKey(i int) string { return fmt.Sprintf("%sk%d", islandPrefix, i) }
 
 func newIsland(t *torture) (_ *island, err error) {
-	i := &island{torture: t, ledger: newLedger(t.clock), openedIn: make(map[*segment]int), stop: func() {}}
+	i := &island{
+		torture: t, ledger: newLedger(t.clock), openedIn: make(map[*segment]int), stop: func() {},
+		disturbances: &troubles{clock: t.clock},
+	}
 	defer func() {
 		if err != nil {
 			i.close()
@@ -92,6 +100,7 @@ func newIsland(t *torture) (_ *island, err error) {
 			return nil, err
 		}
 	}
+	i.registry = &registry{torture: t, client: i.root, prefix: "island/registered/", quietFor: i.quietFor}
 	i.beginHistory()
 	return i, nil
 }
@@ -174,6 +183,7 @@ func (i *island) restore(f fault) error {
 	if err := i.endHistory(); err != nil {
 		return err
 	}
+	defer i.disturbances.begin(everyHost)()
 	from := i.now()
 	if err := i.cluster.Restore(); err != nil {
 		return err
@@ -190,6 +200,7 @@ func (i *island) restore(f fault) error {
 func (i *island) deny(f fault) error {
 	ctx, cancel := context.WithTimeout(context.Background(), f.For+20*time.Second)
 	defer cancel()
+	defer i.disturbances.begin(everyHost)()
 	from := i.now()
 	if _, err := i.root.RoleRevokePermission(ctx, islandUser, everything.Key, everything.End); err != nil {
 		return err
@@ -247,6 +258,10 @@ func (i *island) start() {
 		}
 		f := i.follower(fmt.Sprintf("the snapshot follower on host %d", h.id))
 		i.work(h, "", false, func(w *islander) { w.followSnapshot(f) })
+		mirror := i.follower(fmt.Sprintf("the mirror on host %d", h.id))
+		i.work(h, "", false, func(w *islander) { w.keepMirror(mirror) })
+		registrant := i.registry.add(h)
+		i.work(h, "", false, func(w *islander) { w.keepRegistered(registrant) })
 	}
 }
 
@@ -355,7 +370,7 @@ type islandState struct {
 
 func (w *islander) followSnapshot(f *islandFollower) {
 	epoch := w.island.epoch()
-	watcher, err := etcdutil.Watch[string](w.ctx, w.host.client, observedPrefix+"island/", etcdutil.WithPrefix(), etcdutil.WithSnapshot())
+	watcher, err := etcdutil.Watch[string](w.ctx, w.host.client, islandPrefix, etcdutil.WithPrefix(), etcdutil.WithSnapshot())
 	if err != nil {
 		w.operations.add("island: snapshot: "+watchEnd(err), 1)
 		sleep(w.ctx, w.upTo(20*time.Millisecond))
@@ -377,6 +392,30 @@ func (w *islander) followSnapshot(f *islandFollower) {
 	if errors.Is(err, etcdutil.ErrGap) {
 		w.violate("island: %s ended with a gap: %v", f.name, err)
 	}
+}
+
+// keepMirror keeps a mirror to the end, and reads one key of it.
+func (w *islander) keepMirror(f *islandFollower) {
+	m, err := etcdutil.NewMirror[string](w.ctx, w.host.client, islandPrefix, etcdutil.WithPrefix())
+	if err != nil {
+		w.operations.add("island: mirror: "+outcomeOf(err), 1)
+		sleep(w.ctx, w.upTo(20*time.Millisecond))
+		return
+	}
+	defer m.Close()
+	for m.Err() == nil {
+		value, _ := m.Get(islandKey(0))
+		f.saw(etcdutil.Event[string]{Type: etcdutil.EventPut, Value: value})
+		sleep(m, w.upTo(50*time.Millisecond))
+	}
+	if w.ctx.Err() == nil {
+		w.violate("island: %s ended: %v", f.name, context.Cause(m))
+	}
+}
+
+// quietFor is for how long within a time nothing disturbed the island, and this process was not stalled.
+func (i *island) quietFor(_ int, from, to time.Duration) time.Duration {
+	return to - from - i.disturbances.within(everyHost, from, to) - slowness*within(i.pulse.all(), from, to)
 }
 
 // settle writes a last value of every key, and waits until all have seen it.
@@ -464,7 +503,7 @@ func checkEpochs(s *segment, histories [][]change) string {
 
 func checkStateEpochs(s state, histories [][]change) (violation string) {
 	for _, h := range histories {
-		if violation = checkState(s, observedPrefix+"island/", h); violation == "" {
+		if violation = checkState(s, islandPrefix, h); violation == "" {
 			return ""
 		}
 	}

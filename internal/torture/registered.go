@@ -31,9 +31,23 @@ type registrant struct {
 	since time.Duration
 }
 
+// registry is all registrants of one etcd, and looks after them.
+type registry struct {
+	*torture
+	client   *clientv3.Client
+	prefix   string
+	quietFor func(host int, from, to time.Duration) time.Duration
+	all      []*registrant
+}
+
+func (r *registry) add(h *host) *registrant {
+	one := &registrant{host: h, key: fmt.Sprintf("%s%d", r.prefix, h.id)}
+	r.all = append(r.all, one)
+	return one
+}
+
 func (t *torture) startRegistered(h *host) {
-	r := &registrant{host: h, key: fmt.Sprintf("%s%d", registeredPrefix, h.id)}
-	t.registrants = append(t.registrants, r)
+	r := t.registry.add(h)
 	t.work(h, "", false, func(w *worker) { w.keepRegistered(r) })
 	t.work(h, "", false, (*worker).fightOver)
 }
@@ -112,19 +126,19 @@ func (r *registrant) look(has string, now time.Duration) (since time.Duration, m
 	return r.since, true
 }
 
-// followRegistered looks again and again whether the registered keys are there.
-func (t *torture) followRegistered(ctx context.Context) {
+// run looks again and again whether the registered keys are there.
+func (r *registry) run(ctx context.Context) {
 	for ctx.Err() == nil {
-		t.lookAtRegistered(ctx)
+		r.look(ctx)
 		sleep(ctx, 100*time.Millisecond)
 	}
 }
 
-func (t *torture) lookAtRegistered(ctx context.Context) {
+func (r *registry) look(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	asked := t.now()
-	resp, err := t.admin.Get(ctx, registeredPrefix, clientv3.WithPrefix())
+	asked := r.now()
+	resp, err := r.client.Get(ctx, r.prefix, clientv3.WithPrefix())
 	if err != nil {
 		return
 	}
@@ -132,11 +146,11 @@ func (t *torture) lookAtRegistered(ctx context.Context) {
 	for _, kv := range resp.Kvs {
 		values[string(kv.Key)], _ = decode(string(kv.Value))
 	}
-	for _, r := range t.registrants {
-		since, missing := r.look(values[r.key], asked)
-		if missing && t.quietFor(r.host.id, since, asked) > registeredWithin {
-			t.violate("register: %s has been without its value from %v to %v, %v of it quiet", r.key, ms(since), ms(asked), ms(t.quietFor(r.host.id, since, asked)))
-			r.expect("")
+	for _, one := range r.all {
+		since, missing := one.look(values[one.key], asked)
+		if quiet := r.quietFor(one.host.id, since, asked); missing && quiet > registeredWithin {
+			r.violate("register: %s has been without its value from %v to %v, and all was quiet for %v", one.key, ms(since), ms(asked), ms(quiet))
+			one.expect("")
 		}
 	}
 }

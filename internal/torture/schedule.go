@@ -37,6 +37,8 @@ const (
 	blackHole     kind = "a member is a black hole"
 
 	deleteRegistered kind = "delete registered key"
+	cutCrowd         kind = "cut off the crowd"
+	resetCrowd       kind = "reset the crowd's link"
 
 	restoreIsland kind = "island: restore from a backup"
 	denyIsland    kind = "island: take the permission away"
@@ -65,6 +67,10 @@ const (
 	hosts   = 5
 	// calmHosts are further ones, whose links are slow at times, and no more.
 	calmHosts = 2
+	// holedHosts are further ones, for which one member at a time is a black hole.
+	holedHosts = 2
+	// crowdHost is a further one, the client of which has very many watchers.
+	crowdHost = hosts + calmHosts + holedHosts
 	// firstIslander is the number of the first host on the island.
 	firstIslander = 100
 )
@@ -73,7 +79,7 @@ const (
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
 	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses, planAnswers,
-		planMetadata, planIsland, planIslandKeys, planLogs, planHole, planRegistered} {
+		planMetadata, planIsland, planIslandKeys, planLogs, planHole, planRegistered, planCrowd} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -246,10 +252,11 @@ func planHole(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:     after + between(r, time.Second, 3*time.Second),
 		Kind:   blackHole,
+		Host:   hosts + calmHosts + r.IntN(holedHosts),
 		Member: r.IntN(members),
-		For:    between(r, 7*time.Second, 14*time.Second),
+		For:    between(r, 7*time.Second, 10*time.Second),
 	}
-	return f, f.At + f.For
+	return f, f.At
 }
 
 func planRegistered(r *rand.Rand, after time.Duration) (fault, time.Duration) {
@@ -259,6 +266,17 @@ func planRegistered(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		Host: r.IntN(hosts + calmHosts),
 	}
 	return f, f.At
+}
+
+func planCrowd(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f := fault{
+		At:     after + between(r, 2*time.Second, 6*time.Second),
+		Kind:   pick(r, cutCrowd, resetCrowd),
+		Host:   crowdHost,
+		Member: -1,
+		For:    between(r, 500*time.Millisecond, 4*time.Second),
+	}
+	return f, f.At + f.For
 }
 
 func between(r *rand.Rand, low, high time.Duration) time.Duration {

@@ -32,7 +32,6 @@ type torture struct {
 	hosts    []*host
 	children []*child
 	apart    []*host // the children's
-	holed    *host   // for which members are black holes
 	island   *island
 
 	ledger     *ledger
@@ -56,7 +55,7 @@ type torture struct {
 
 	counted         tally // by leaders, by outcome
 	holderFollowers []*holderFollower
-	registrants     []*registrant
+	registry        *registry
 	mirrors         []*mirrorFollower
 	mirrorWrites    mirrorWrites
 	disturbedLog    *journal
@@ -94,7 +93,8 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	defer stop()
 
 	t.startWorkloads()
-	following.Go(func() { t.followRegistered(background) })
+	following.Go(func() { t.registry.run(background) })
+	following.Go(func() { t.island.registry.run(background) })
 	t.begun = t.now()
 	t.inject(plan(seed, length))
 	sleep(t.ctx, t.begun+length-t.now())
@@ -125,6 +125,7 @@ func (t *torture) setUp() (err error) {
 	if t.admin, err = newClient(t.cluster.Endpoints()); err != nil {
 		return err
 	}
+	t.registry = &registry{torture: t, client: t.admin, prefix: registeredPrefix, quietFor: t.quietFor}
 	for id := range hosts + calmHosts {
 		h, err := newHost(id, t.cluster.Endpoints())
 		if err != nil {
@@ -135,10 +136,21 @@ func (t *torture) setUp() (err error) {
 			return err
 		}
 	}
-	if t.holed, err = newHoledHost(hosts+calmHosts, t.cluster.Endpoints()); err != nil {
+	for range holedHosts {
+		h, err := newHoledHost(len(t.hosts), t.cluster.Endpoints())
+		if err != nil {
+			return err
+		}
+		t.hosts = append(t.hosts, h)
+	}
+	crowd, err := newHost(crowdHost, t.cluster.Endpoints())
+	if err != nil {
 		return err
 	}
-	t.hosts = append(t.hosts, t.holed)
+	t.hosts = append(t.hosts, crowd)
+	if err := crowd.connect(); err != nil {
+		return err
+	}
 	if t.island, err = newIsland(t); err != nil {
 		return err
 	}
@@ -166,7 +178,10 @@ func (t *torture) setUp() (err error) {
 
 // startWorkloads starts five clients of each, or more. Of the lock-sets one is a child, which already queues.
 func (t *torture) startWorkloads() {
-	t.startHoled(t.holed)
+	for _, h := range t.hosts[hosts+calmHosts : crowdHost] {
+		t.startHoled(h)
+	}
+	t.startCrowd(t.hosts[crowdHost])
 	for _, h := range t.hosts[hosts : hosts+calmHosts] {
 		t.startSharing(h, reusedName, calmTTL, t.calmLosses.add)
 		t.work(h, disturbedName, true, (*worker).holdDisturbed)
@@ -184,7 +199,7 @@ func (t *torture) startWorkloads() {
 		t.startLead(h)
 		t.startWatchHolder(h)
 	}
-	for _, h := range t.hosts {
+	for _, h := range t.hosts[:crowdHost] {
 		t.startMirror(h)
 		t.startRegistered(h)
 	}

@@ -58,7 +58,8 @@ func TestEveryKindOfFaultIsPlannedAndHealed(t *testing.T) {
 		}
 	}
 	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutHolder, holdBack, cutLink, dropReplies, delayLink,
-		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders, cancelUnsent, cancelApplied, cancelLate, addMetadata} {
+		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders, cancelUnsent, cancelApplied, cancelLate, addMetadata,
+		blockLogs, panicLogs, blackHole, restoreIsland, denyIsland, takeIsland, deleteRegistered, cutCrowd, resetCrowd} {
 		assert.NotZero(t, kinds[k], k)
 	}
 }

@@ -26,8 +26,8 @@ func (t *torture) startWatch(h *host) {
 	n := 0
 	t.work(h, "", false, func(w *worker) { w.changeKeys(&n) })
 	for _, o := range []*observer{
-		{host: h.id, key: watchedPrefix, prefix: true},
-		{host: h.id, key: watchedKey(h.id % watchedKeys)},
+		{host: h.id, key: watchedPrefix, prefix: true, reading: usual},
+		{host: h.id, key: watchedKey(h.id % watchedKeys), reading: usual},
 	} {
 		t.observers = append(t.observers, o)
 		t.followers = append(t.followers, &o.reached)
@@ -89,6 +89,7 @@ type observer struct {
 	host     int
 	key      string
 	prefix   bool
+	reading  reading
 	reached  progress
 	segments []*segment // the last one goes on
 }
@@ -114,7 +115,7 @@ func (w *worker) observe(o *observer) {
 	}
 	watcher, err := etcdutil.Watch[string](w.caller(w.ctx), w.host.client, o.key, opts...)
 	if err == nil {
-		readFrom(w, watcher, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
+		readFrom(w, watcher, o.reading, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
 		err = watcher.Close()
 		w.leave(o, s, watcher.Revision())
 	}
@@ -170,11 +171,22 @@ func (w *worker) segmentOf(o *observer) *segment {
 	return s
 }
 
+// reading is how a watcher is read.
+type reading struct {
+	upTo  time.Duration // before the next watcher goes on behind it
+	stuck bool          // not at all, until the faults have stopped
+}
+
+var usual = reading{upTo: 8 * time.Second}
+
 // readFrom reads from a watcher for a while, and to the end once the faults have stopped.
-func readFrom[T any](w *worker, watcher *etcdutil.Watcher[T], reached *progress, take func(etcdutil.Event[T])) {
-	until := time.Now().Add(500*time.Millisecond + w.upTo(8*time.Second))
-	tick := time.NewTicker(50 * time.Millisecond)
+func readFrom[T any](w *worker, watcher *etcdutil.Watcher[T], how reading, reached *progress, take func(etcdutil.Event[T])) {
+	until := time.Now().Add(500*time.Millisecond + w.upTo(how.upTo))
+	tick := time.NewTicker(how.upTo / 40)
 	defer tick.Stop()
+	for how.stuck && !w.settling.Load() && w.ctx.Err() == nil {
+		sleep(w.ctx, 100*time.Millisecond)
+	}
 	for w.settling.Load() || time.Now().Before(until) {
 		select {
 		case e, open := <-watcher.Events():
@@ -215,7 +227,7 @@ func (w *worker) followSnapshot(s *snapshotFollower) {
 	}
 	keys := make(map[string]string)
 	var last []etcdutil.Event[string] // of one revision
-	readFrom(w, watcher, &s.reached, func(e etcdutil.Event[string]) {
+	readFrom(w, watcher, usual, &s.reached, func(e etcdutil.Event[string]) {
 		if len(last) > 0 && last[0].Revision != e.Revision {
 			follow(keys, last)
 			last = last[:0]
@@ -293,9 +305,10 @@ func (o *observer) of(changes []change) []expected {
 	var all []expected
 	before := make(map[string]*string)
 	for _, c := range changes {
-		if c.key == o.key || o.prefix && strings.HasPrefix(c.key, o.key) {
-			all = append(all, expected{c, before[c.key]})
+		if c.key != o.key && !(o.prefix && strings.HasPrefix(c.key, o.key)) {
+			continue
 		}
+		all = append(all, expected{c, before[c.key]})
 		before[c.key] = &c.value
 		if c.deleted {
 			before[c.key] = nil
