@@ -14,7 +14,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # The breakages: what is changed, in which file, and which violation is to be seen.
-names=(late-expiry unfenced-commit release-on-parent-end unguarded-try no-create-revision resume-at-last)
+names=(late-expiry unfenced-commit release-on-parent-end unguarded-try no-create-revision resume-at-last
+	two-leaders waiter-as-holder torn-read not-registered-again
+	repetition-not-counted ghost-key final-refusal logger-in-the-way)
 
 plant() { # NAME: breaks the library in the current directory, and sets $expected
 	case $1 in
@@ -44,6 +46,39 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 	no-create-revision) # takes a key that is used again for the one that it waits for
 		expected='liveness: .* exclusion/reused'
 		replace lock_queue.go 'clientv3.Compare(clientv3.CreateRevision(key), "=", kv.CreateRevision),' ''
+		;;
+	two-leaders) # gives the leader a context that does not end with the lock
+		expected='exclusion: observed/leader: two held it'
+		replace lead.go 'err = lock.Do(ctx, fn)' 'err = fn(context.WithoutCancel(lock))'
+		;;
+	waiter-as-holder) # takes whoever comes next for the holder
+		expected='watch holder: .* the holder was reported to be'
+		replace lead.go 'key, next := prefix(f.name), f.whileVacant' 'key, next, vacant := prefix(f.name), f.whileVacant, true'
+		replace lead.go 'if c.prefix = f.holder == nil; !c.prefix {' 'if c.prefix = vacant; !c.prefix {'
+		;;
+	torn-read) # shows each change as it comes, though its transaction goes on
+		expected='mirror: torn read'
+		replace mirror.go 'upTo := f.w.Revision(); upTo >= e.Revision {' 'upTo := e.Revision; true {'
+		;;
+	not-registered-again) # does not look when its key has been disturbed
+		expected='register: .* without its value'
+		replace register.go 'return struct{}{}, k.check(ctx)' 'return struct{}{}, nil'
+		;;
+	repetition-not-counted) # takes the last answer to a write for the only one, though clientv3 has sent it twice
+		expected='(commit|log): .* was refused .* but was applied'
+		replace lock_txn.go ' || others > 0' ''
+		;;
+	ghost-key) # leaves keys on a shared lease that arrived late, or that a restore has brought back
+		expected='liveness: .* (exclusion/reused|exclusion/private|island/)'
+		replace lease.go 'for _, raw := range attached {' 'for _, raw := range attached[:0] {'
+		;;
+	final-refusal) # does not renew a lease again that etcd has once refused to renew
+		expected='island: a lease was lost'
+		replace lease.go 'l.renew.Reset(pause)' '_ = pause'
+		;;
+	logger-in-the-way) # logs where others wait
+		expected='lease: one of a calm host|release: .* Close took'
+		replace observe.go 'func (r *reporter) submit(report func()) {' 'func (r *reporter) submit(report func()) { runRecovered(report); return'
 		;;
 	*) fail "$1: no such breakage" ;;
 	esac
