@@ -11,7 +11,7 @@ import (
 
 const (
 	// crowdWatchers is how many watchers one client has, each of one of few keys.
-	crowdWatchers = 300
+	crowdWatchers = 100
 	crowdKeys     = 250
 	// stuckWatchers of them are read by nobody until the faults have stopped.
 	stuckWatchers = 20

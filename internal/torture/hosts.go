@@ -64,10 +64,24 @@ func (h *host) heal() {
 
 func (h *host) close() {
 	if h.client != nil {
-		_ = h.client.Close()
+		closeClient(h.client)
 	}
 	for _, l := range h.links {
 		_ = l.Close()
+	}
+}
+
+// closeClient does not wait for long: closing a clientv3.Client can block for ever where it has just
+// opened a watch stream again (clientv3's serveSubstream then sends to nobody).
+func closeClient(client *clientv3.Client) {
+	closed := make(chan struct{})
+	go func() { // until the client is closed
+		_ = client.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(5 * time.Second):
 	}
 }
 

@@ -138,7 +138,7 @@ var everything = struct{ Key, End string }{"\x00", "\x00"}
 // beginHistory has a new oracle follow etcd from its first revision on.
 func (i *island) beginHistory() {
 	ctx, cancel := context.WithCancel(context.Background())
-	o := &oracle{}
+	o := &oracle{clock: i.clock}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -23,11 +23,13 @@ type change struct {
 	version  int64
 	revision int64
 	lease    int64
+	at       time.Duration // when the oracle saw it
 }
 
 // oracle is what etcd itself says happened: all changes under the observed prefix, in order. It watches with a plain client,
 // which has no links in front of it, and nothing is compacted that it has not seen.
 type oracle struct {
+	clock
 	mu      sync.Mutex
 	changes []change
 	seen    int64 // everything up to this revision is in changes
@@ -64,7 +66,7 @@ func (o *oracle) take(resp clientv3.WatchResponse) {
 		o.changes = append(o.changes, change{
 			key: string(e.Kv.Key), value: string(e.Kv.Value), deleted: e.Type == clientv3.EventTypeDelete,
 			create: e.Kv.CreateRevision, version: e.Kv.Version, revision: e.Kv.ModRevision,
-			lease: e.Kv.Lease,
+			lease: e.Kv.Lease, at: o.now(),
 		})
 		o.seen = e.Kv.ModRevision
 	}

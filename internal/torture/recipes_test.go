@@ -132,13 +132,16 @@ func TestRegisteredSeesAKeyThatIsMissingForLongAndOneThatFlaps(t *testing.T) {
 	flaps := func(values ...string) []string {
 		var changes []change
 		for n, v := range values {
-			changes = append(changes, change{key: foughtOverKey, value: `"` + v + `"`, deleted: v == "", revision: int64(n)})
+			changes = append(changes, change{
+				key: foughtOverKey, value: `"` + v + `"`, deleted: v == "", revision: int64(n), at: time.Duration(n) * time.Minute,
+			})
 		}
-		return checkFlapping(changes)
+		return checkFlapping(changes, map[string]time.Duration{"a": 0, "b": 3 * time.Minute})
 	}
 	assert.Empty(t, flaps("a", "a", "b", "b", "c"))
 	assert.Empty(t, flaps("a", "", "a", "b", "", "a"))
 	assert.NotEmpty(t, flaps("a", "b", "a"))
+	assert.Empty(t, flaps("b", "a", "b"), "before Register has returned")
 }
 
 func TestIslandSeesAWatcherThatMixesTwoHistories(t *testing.T) {

@@ -94,9 +94,11 @@ func (w *worker) unregister(reg *etcdutil.Registration[string]) {
 
 // fightOver registers the key that all hosts want. Who is replaced gives up for a while.
 func (w *worker) fightOver() {
-	reg, err := etcdutil.Register(w.caller(w.ctx), w.host.client, foughtOverKey, w.uniqueValue(), etcdutil.WithTTL(leaseTTL))
+	value := w.uniqueValue()
+	reg, err := etcdutil.Register(w.caller(w.ctx), w.host.client, foughtOverKey, value, etcdutil.WithTTL(leaseTTL))
 	w.operations.add("register, fought over: "+outcomeOf(err), 1)
 	if err == nil {
+		w.registered.add(value, w.now())
 		sleep(reg, w.upTo(3*time.Second))
 		if reg.Err() != nil && w.ctx.Err() == nil && !errors.Is(context.Cause(reg), etcdutil.ErrReplaced) {
 			w.violate("register: %s ended on host %d, but was not replaced: %v", foughtOverKey, w.host.id, context.Cause(reg))
@@ -104,6 +106,21 @@ func (w *worker) fightOver() {
 		w.unregister(reg)
 	}
 	sleep(w.ctx, w.upTo(3*time.Second))
+}
+
+// registeredAt is when Register returned, by value.
+type registeredAt struct {
+	mu  sync.Mutex
+	all map[string]time.Duration
+}
+
+func (r *registeredAt) add(value string, at time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.all == nil {
+		r.all = make(map[string]time.Duration)
+	}
+	r.all[value] = at
 }
 
 func (r *registrant) expect(value string) {
@@ -165,12 +182,17 @@ func (t *torture) deleteRegistered(f fault) bool {
 
 // checkRegistered checks that nobody wrote the key that all want after having been replaced.
 func (t *torture) checkRegistered(changes []change) {
-	for _, v := range checkFlapping(changesOf(foughtOverKey, changes)) {
+	for _, v := range checkFlapping(changesOf(foughtOverKey, changes), t.registered.all) {
 		t.violate("register: %s: %s", foughtOverKey, v)
 	}
 }
 
-func checkFlapping(changes []change) (violations []string) {
+// oracleDelay is by how much the oracle may see a change late.
+const oracleDelay = 2 * time.Second
+
+// checkFlapping finds who wrote over another after having been replaced. Before its Register returned a
+// registration may do that: its first write may have been applied and replaced without its knowledge.
+func checkFlapping(changes []change, returned map[string]time.Duration) (violations []string) {
 	last := make(map[string]int64) // by value, which is of one registration
 	current := ""
 	for _, c := range changes {
@@ -182,8 +204,10 @@ func checkFlapping(changes []change) (violations []string) {
 		if c.deleted || value == current {
 			continue
 		}
-		if at, again := last[value]; again {
-			violations = append(violations, fmt.Sprintf("%s wrote it at %d, was replaced, and wrote it again at %d", value, at, c.revision))
+		at, again := last[value]
+		if done, known := returned[value]; again && known && c.at > done+oracleDelay {
+			violations = append(violations, fmt.Sprintf("%s, registered at %v, wrote it at revision %d, was replaced, and wrote it again at revision %d, at %v",
+				value, ms(done), at, c.revision, ms(c.at)))
 		}
 		current = value
 		last[value] = c.revision

@@ -56,6 +56,7 @@ type torture struct {
 	counted         tally // by leaders, by outcome
 	holderFollowers []*holderFollower
 	registry        *registry
+	registered      registeredAt
 	mirrors         []*mirrorFollower
 	mirrorWrites    mirrorWrites
 	disturbedLog    *journal
@@ -73,7 +74,7 @@ func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	c := clock{time.Now()}
 	t := &torture{
 		seed: seed, length: length, pictures: pictures, clock: c,
-		ledger: newLedger(c), pulse: &pulse{clock: c}, troubles: &troubles{clock: c}, oracle: &oracle{}, history: &history{},
+		ledger: newLedger(c), pulse: &pulse{clock: c}, troubles: &troubles{clock: c}, oracle: &oracle{clock: c}, history: &history{},
 		elements: map[lockset]*elements{fencedSet: {}, controlSet: {}, quickSet: {}},
 		log:      &journal{key: logName}, disturbedLog: &journal{key: disturbedLogName},
 		waiters: &waiters{}, operations: &tally{}, faults: &tally{}, holders: &tally{},
