@@ -25,7 +25,8 @@ type RetryPolicy struct {
 	// Elapsed is when to give up, counted from the call; 0 means 30 s, negative means not before ctx ends.
 	Elapsed time.Duration
 	// AttemptTimeout bounds one attempt. 0 means 1 s, doubled with each attempt that timed out, and
-	// 5 s at most.
+	// 5 s at most. The package's own requests have two attempts of 1 s: when etcd's leader dies, the
+	// others need up to 2 s to elect another, and lose what is sent meanwhile.
 	AttemptTimeout time.Duration
 	// DefiniteOnly stops [Retry] after an error that leaves open whether op was applied
 	// ([IsAmbiguous]). It changes nothing elsewhere: this package guards what it writes.
@@ -131,7 +132,7 @@ func retry[T any](ctx context.Context, c *config, p RetryPolicy, what string, op
 		if c.client != nil && c.client.Ctx().Err() != nil {
 			return zero, errClientClosed // clientv3 would take that for a fault, and try 100 times
 		}
-		timeout := p.attemptTimeout(timeouts)
+		timeout := c.attemptTimeout(p, timeouts)
 		if p.Elapsed > 0 {
 			timeout = min(timeout, p.Elapsed-time.Since(start))
 		}
@@ -191,6 +192,15 @@ func attemptOnce[T any](ctx context.Context, client *clientv3.Client, timeout ti
 		err = fmt.Errorf("%w: %w", attempt.Err(), err) // gRPC's own error, where clientv3 was not asked
 	}
 	return v, isContextError(err), err
+}
+
+// attemptTimeout returns the bound of an attempt after so many timed out. The package's own requests
+// have a second attempt that is as short as the first; see RetryPolicy.
+func (c *config) attemptTimeout(p RetryPolicy, timeouts int) time.Duration {
+	if c.client != nil {
+		timeouts = max(timeouts-1, 0)
+	}
+	return p.attemptTimeout(timeouts)
 }
 
 func (c *config) shouldRetry(p RetryPolicy, err error, timedOut bool) bool {

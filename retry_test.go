@@ -15,6 +15,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"example.com/etcdutil/etcdtest"
+	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -410,5 +412,70 @@ func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		fault func(t *testing.T, cluster *etcdtest.Cluster, link *etcdtest.Link)
+		bound time.Duration // of Acquire and of Commit
+	}{
+		"one is isolated": {func(t *testing.T, cluster *etcdtest.Cluster, _ *etcdtest.Link) {
+			require.NoError(t, cluster.Isolate((cluster.Leader()+1)%3))
+			time.Sleep(3 * time.Second) // it notices
+		}, time.Second},
+		"one is a black hole": {func(_ *testing.T, _ *etcdtest.Cluster, link *etcdtest.Link) {
+			link.Cut()
+		}, 2500 * time.Millisecond},
+		"the leader dies": {func(t *testing.T, cluster *etcdtest.Cluster, _ *etcdtest.Link) {
+			require.NoError(t, cluster.Stop(cluster.Leader()))
+		}, 3 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cluster := etcdtest.Start(t, 3)
+			follower := (cluster.Leader() + 1) % 3
+			link := etcdtest.StartLink(t, cluster.Endpoints()[follower])
+			endpoints := cluster.Endpoints()
+			endpoints[follower] = link.Endpoint()
+			client := newClient(t, endpoints...)
+			for range 6 { // all connections stand
+				_, err := client.Get(t.Context(), "key")
+				require.NoError(t, err)
+			}
+			c.fault(t, cluster, link)
+			for range 4 {
+				var lock *Lock
+				took := testclock.Time(func() { lock = mustAcquire(t, client, nameOf(t)) })
+				require.Less(t, took, c.bound)
+				took = testclock.Time(func() {
+					_, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", ""))
+					require.NoError(t, err)
+				})
+				require.Less(t, took, c.bound)
+				require.NoError(t, lock.Close())
+			}
+		})
+	}
+}
+
+func TestRetryAsksAnotherMemberWhereOneWasRemoved(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	client := cluster.Client(t)
+	removed, err := client.Status(t.Context(), cluster.Endpoints()[(cluster.Leader()+1)%3])
+	require.NoError(t, err)
+	eventually(t, func() bool { // etcd refuses until its members have been connected for some seconds
+		_, err := client.MemberRemove(t.Context(), removed.Header.MemberId)
+		return err == nil || errors.Is(err, rpctypes.ErrMemberNotFound)
+	}, "a member is removed")
+	for range 6 {
+		_, err := Retry(t.Context(), func(ctx context.Context) (*clientv3.PutResponse, error) {
+			return client.Put(ctx, nameOf(t)+"-data", "")
+		})
+		require.NoError(t, err)
+		lock := mustAcquire(t, client, nameOf(t))
+		_, err = lock.Commit(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, lock.Close())
 	}
 }
