@@ -169,7 +169,7 @@ func Holder(ctx context.Context, client *clientv3.Client, name string, opts ...R
 	kv, _, err := oldestContender(ctx, &c, name)
 	switch {
 	case err != nil:
-		return Contender{}, fmt.Errorf("etcdutil: read the holder of %q: %w", name, err)
+		return Contender{}, errorf("read the holder of %q: %w", name, err)
 	case kv == nil:
 		return Contender{}, fmt.Errorf("%w %q", ErrNoHolder, name)
 	}
@@ -348,7 +348,7 @@ func WatchHolder(ctx context.Context, client *clientv3.Client, name string, opts
 	}
 	kv, rev, err := oldestContender(ctx, &c.config, name)
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: watch the holder of %q: %w", name, err)
+		return nil, errorf("watch the holder of %q: %w", name, err)
 	}
 	decode := func(kv *mvccpb.KeyValue) (Contender, error) { return contenderOf(name, kv), nil }
 	return newFedWatcher(ctx, decode, func(ctx context.Context, q *queue) {
@@ -418,7 +418,7 @@ func (f *holderFeed) look(ctx context.Context, synced bool) error {
 // end queues why the feed ended, unless its context did.
 func (f *holderFeed) end(ctx context.Context, err error) {
 	if ctx.Err() == nil {
-		f.queue.push(change{end: fmt.Errorf("etcdutil: watch the holder of %q: %w", f.name, err)})
+		f.queue.push(change{end: errorf("watch the holder of %q: %w", f.name, err)})
 	}
 }
 

@@ -372,7 +372,7 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 	}
 	w, err := watchLog[T](ctx, name, &c)
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: read log %q: %w", name, err)
+		return nil, errorf("read log %q: %w", name, err)
 	}
 	r := &LogReader[T]{lifetime: &w.lifetime, watcher: w}
 	if c.every == nil {
@@ -431,7 +431,7 @@ func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 func entryOf[T any](e Event[T]) (Entry[T], error) {
 	var err error
 	if e.Type == EventInvalid {
-		err = fmt.Errorf("etcdutil: log %q: version %d does not decode: %w", e.Key, e.Version, e.Err)
+		err = errorf("log %q: version %d does not decode: %w", e.Key, e.Version, e.Err)
 	}
 	return Entry[T]{e.Value, e.Version, e.Revision}, err
 }

@@ -177,7 +177,7 @@ func Watch[T any](ctx context.Context, client *clientv3.Client, key string, opts
 	}
 	w, err := newWatcher[T](ctx, key, &c)
 	if err != nil {
-		return nil, fmt.Errorf("etcdutil: watch %q: %w", key, err)
+		return nil, errorf("watch %q: %w", key, err)
 	}
 	return w, nil
 }

@@ -196,7 +196,7 @@ func (f *feed) recognise(header *etcdserverpb.ResponseHeader) error {
 func (f *feed) run() {
 	if err := f.pump(); f.ctx.Err() == nil {
 		f.began(err)
-		f.queue.push(change{end: fmt.Errorf("etcdutil: watch %q: %w", f.key, err)})
+		f.queue.push(change{end: errorf("watch %q: %w", f.key, err)})
 	}
 }
 
