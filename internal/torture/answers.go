@@ -14,12 +14,12 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// errCanceled is how a proxy between client and etcd answers when it resets a stream. clientv3 repeats
-// a call that is answered so, whatever became of it.
+// errCanceled is how a proxy between client and etcd answers when it resets a stream. clientv3
+// repeats a call that is answered so, whatever became of it.
 var errCanceled = status.Error(codes.Canceled, "stream terminated by RST_STREAM with error code: CANCEL")
 
-// answers spoils the answers to a host's writes while a fault lasts. It stands below clientv3, which
-// takes its errors for etcd's.
+// answers spoils the answers to a host's writes while a fault lasts. It stands below clientv3,
+// which takes its errors for etcd's.
 type answers struct {
 	mu      sync.Mutex
 	rand    *rand.Rand
@@ -81,8 +81,9 @@ func (a *answers) intercept(
 		between()
 		return errCanceled
 	case cancelLate:
-		own := reflect.New(reflect.TypeOf(reply).Elem()).Interface() // clientv3 has taken reply back
-		go func() {                                                  // until the write has arrived or failed
+		// clientv3 reads reply no more, but uses it for its next sending.
+		own := reflect.New(reflect.TypeOf(reply).Elem()).Interface()
+		go func() { // until the write has arrived or failed
 			defer a.late.Done()
 			late, cancel := context.WithTimeout(context.WithoutCancel(ctx), lateBy+2*time.Second)
 			defer cancel()
@@ -124,8 +125,8 @@ func hesitationOf(ctx context.Context) time.Duration {
 	return d
 }
 
-// caller is the context of a call. While the fault lasts it carries metadata as a service's contexts
-// do: a request ID, of each call its own.
+// caller is the context of a call. While the fault lasts it carries metadata as a service's
+// contexts do: a request ID, of each call its own.
 func (w *worker) caller(ctx context.Context) context.Context {
 	if !w.host.metadata.Load() {
 		return ctx

@@ -48,7 +48,8 @@ type goAhead struct {
 
 func isChild() bool { return os.Getenv(childEnv) != "" }
 
-// childMain is a client of a lock-set. It says what it does, one line each, and ends when its input does.
+// childMain is a client of a lock-set. It says what it does, one line each, and ends when its input
+// does.
 func childMain() int {
 	var o orders
 	if err := json.Unmarshal([]byte(os.Getenv(childEnv)), &o); err != nil {
@@ -122,8 +123,8 @@ type child struct {
 	once    sync.Once
 }
 
-// A pause is to last for length. If it is late the child writes first, and what it wrote arrives only while it is stopped,
-// when its lease has run out.
+// A pause is to last for length. If it is late the child writes first, and what it wrote arrives
+// only while it is stopped, when its lease has run out.
 type pause struct {
 	length time.Duration
 	late   bool

@@ -14,16 +14,20 @@ import (
 )
 
 const (
-	// strictName is a lock that nobody takes away: to it the rule applies in full. Faults are aimed at its holder.
+	// strictName is a lock that nobody takes away: to it the rule applies in full. Faults are aimed
+	// at its holder.
 	strictName = "exclusion/strict"
 	// disturbedName is a lock whose keys the torture deletes and whose leases it revokes.
 	disturbedName = "exclusion/disturbed"
-	// sharedName is a lock that clients hold by leases which they share, several clients to a lease.
+	// sharedName is a lock that clients hold by leases which they share, several clients to a
+	// lease.
 	sharedName = "exclusion/shared"
-	// reusedName is such a lock, for hosts whose leases are never lost: their links are slow at times, and no more. So keys
-	// are used again and again while somebody looks at them, and who waits for the wrong one waits for ever.
+	// reusedName is such a lock, for hosts whose leases are never lost: their links are slow at
+	// times, and no more. So keys are used again and again while somebody looks at them, and who
+	// waits for the wrong one waits for ever.
 	reusedName = "exclusion/reused"
-	// contestedName is a lock for which clients try, slowly: others take it between a client's look and its write.
+	// contestedName is a lock for which clients try, slowly: others take it between a client's look
+	// and its write.
 	contestedName = "exclusion/contested"
 )
 
@@ -48,7 +52,8 @@ func (t *torture) startSharing(h *host, name string, ttl time.Duration, lost fun
 	t.atEnd(lease.close)
 }
 
-// holdStrict holds the lock for a moment, or for so long that a fault is likely to hit, or beyond its parent's end.
+// holdStrict holds the lock for a moment, or for so long that a fault is likely to hit, or beyond
+// its parent's end.
 func (w *worker) holdStrict() {
 	parent, cancel := context.WithCancel(w.ctx)
 	defer cancel()
@@ -145,7 +150,8 @@ func (w *worker) holdContested() {
 	sleep(w.ctx, w.upTo(200*time.Millisecond))
 }
 
-// holdShared is in a hurry, and often gives up, but not where that would free those who wait for the wrong key.
+// holdShared is in a hurry, and often gives up, but not where that would free those who wait for
+// the wrong key.
 func (w *worker) holdShared(name string, shared *sharedLease) {
 	lease := shared.get(w)
 	if lease == nil {
@@ -169,8 +175,8 @@ func (w *worker) holdShared(name string, shared *sharedLease) {
 	sleep(w.ctx, w.upTo(10*time.Millisecond))
 }
 
-// holdPrivate uses the shared lease for a name of its own: a lease's locks take their keys in turn, and so the others come
-// to use theirs again.
+// holdPrivate uses the shared lease for a name of its own: a lease's locks take their keys in turn,
+// and so the others come to use theirs again.
 func (w *worker) holdPrivate(shared *sharedLease, name string) {
 	lease := shared.get(w)
 	if lease == nil {

@@ -131,7 +131,8 @@ func (t *torture) faultLinks(f fault) bool {
 // harmless is a delay that keeps nobody from being told in time.
 const harmless = 100 * time.Millisecond
 
-// aims are the locks at whose holders faults are aimed: where they are the likeliest to break something.
+// aims are the locks at whose holders faults are aimed: where they are the likeliest to break
+// something.
 var aims = map[kind]string{
 	cutHolder:     strictName,
 	cutLink:       strictName,
@@ -142,8 +143,9 @@ var aims = map[kind]string{
 	cancelApplied: disturbedName,
 }
 
-// faultAnswers spoils the answers to one host's writes. While an answer that etcd has given is lost,
-// the lock of the disturbed name is at times taken away, so that a repetition of the write is refused.
+// faultAnswers spoils the answers to one host's writes. While an answer that etcd has given is
+// lost, the lock of the disturbed name is at times taken away, so that a repetition of the write is
+// refused.
 func (t *torture) faultAnswers(f fault) bool {
 	h := t.hosts[t.aimedAt(f)]
 	if !h.spoiled.CompareAndSwap(false, true) {
@@ -161,7 +163,8 @@ func (t *torture) faultAnswers(f fault) bool {
 	return true
 }
 
-// othersTurn is how long the next holder has to write, before clientv3 repeats a write of the last one.
+// othersTurn is how long the next holder has to write, before clientv3 repeats a write of the last
+// one.
 const othersTurn = 50 * time.Millisecond
 
 // addMetadata has the contexts of one host's callers carry metadata.
@@ -203,7 +206,8 @@ func (t *torture) faultCrowd(f fault) {
 	h.heal()
 }
 
-// target claims the host that a fault is for, or else the next whose links have no fault yet; nil if there is none.
+// target claims the host that a fault is for, or else the next whose links have no fault yet; nil
+// if there is none.
 func (t *torture) target(f fault) *host {
 	if f.Host >= hosts {
 		return t.hosts[f.Host]
@@ -235,7 +239,8 @@ func (t *torture) awaitHolder(name string, atMost time.Duration) {
 	}
 }
 
-// takeLock takes the lock of the name that is there for it from its holder, by deleting its key or by revoking its lease.
+// takeLock takes the lock of the name that is there for it from its holder, by deleting its key or
+// by revoking its lease.
 func (t *torture) takeLock(by kind) (bool, error) {
 	t.awaitHolder(disturbedName, time.Second)
 	h := t.ledger.holder(disturbedName)
@@ -266,7 +271,8 @@ func deleteLockKey(ctx context.Context, client *clientv3.Client, ledger *ledger,
 	return true
 }
 
-// compact forgets the history up to a little behind what the oracle has seen: it must see everything.
+// compact compacts the history up to a little behind what the oracle has seen: it must see
+// everything.
 func (t *torture) compact(behind int64) (bool, error) {
 	ctx, cancel := context.WithTimeout(t.ctx, 3*time.Second)
 	defer cancel()
@@ -279,8 +285,8 @@ func (t *torture) compact(behind int64) (bool, error) {
 	return err == nil, nil
 }
 
-// pauseHolders stops both child processes, each at the worst moment: when it holds the lock, has read the set, has made
-// sure that it still holds the lock, and is about to write.
+// pauseHolders stops both child processes, each at the worst moment: when it holds the lock, has
+// read the set, has made sure that it still holds the lock, and is about to write.
 func (t *torture) pauseHolders(f fault) bool {
 	ctx, cancel := context.WithTimeout(t.ctx, 6*time.Second)
 	defer cancel()
@@ -311,8 +317,8 @@ func (t *torture) healAll() error {
 
 const (
 	everyHost = -1
-	// recovery is for how long after a fault it excuses a holder that is told late: connections are made anew, and a
-	// leader elected.
+	// recovery is for how long after a fault it excuses a holder that is notified late: connections
+	// are made anew, and a leader elected.
 	recovery = 2500 * time.Millisecond
 )
 

@@ -34,8 +34,8 @@ func (t *torture) startWatchHolder(h *host) {
 	t.work(h, "", false, (*worker).stray)
 }
 
-// stray makes and deletes keys below the leader's name that are no contenders: one without a lease, and
-// one of another lock.
+// stray makes and deletes keys below the leader's name that are no contenders: one without a lease,
+// and one of another lock.
 func (w *worker) stray() {
 	ctx, cancel := context.WithTimeout(w.ctx, 2*time.Second)
 	defer cancel()

@@ -10,16 +10,16 @@ import (
 )
 
 const (
-	// holedName begins the names of the locks of hosts for which one member at a time is a black hole.
-	// Their clients have no keepalive for connections, and so clientv3 does not notice.
+	// holedName begins the names of the locks of hosts for which one member at a time is a black
+	// hole. Their clients have no keepalive for connections, and so clientv3 does not notice.
 	holedName = "exclusion/holed"
-	// holedTTL is longer than what is measured: the lease's end is not what tells the holder.
+	// holedTTL is longer than what is measured: the lease's end does not notify the holder.
 	holedTTL = 20 * time.Second
-	// acquiredWithin bounds an Acquire of a free lock though one of three members is a black hole, with a
-	// second for a busy machine.
+	// acquiredWithin bounds an Acquire of a free lock though one of three members is a black hole,
+	// with a second for a busy machine.
 	acquiredWithin = 2500*time.Millisecond + time.Second
-	// holedToldWithin bounds how late the holder is told that its key was deleted though the member that
-	// it heard from is a black hole, with time for a busy machine.
+	// holedToldWithin bounds how late the holder is notified that its key was deleted though the
+	// member that it heard from is a black hole, with time for a busy machine.
 	holedToldWithin = 5*time.Second + 1500*time.Millisecond
 )
 
@@ -29,8 +29,9 @@ func (t *torture) startHoled(h *host) {
 	t.work(h, name, true, func(w *worker) { w.holdHoled(name) })
 }
 
-// holdHoled holds a lock from before a member is a black hole, and is to be told that its key is
-// deleted although it may have heard of it from that member. Then it acquires it while that lasts.
+// holdHoled holds a lock from before a member is a black hole, and expects to be notified when its
+// key is deleted, although its watch may be on that member. Then it acquires the lock while that
+// lasts.
 func (w *worker) holdHoled(name string) {
 	lock, h := w.acquireQuickly(name)
 	if lock == nil {

@@ -10,8 +10,9 @@ import (
 	"google.golang.org/grpc"
 )
 
-// A host is what one machine would be: one client, behind one link to each member. Each workload has a client on it, so
-// that they share the client's connections and its keepalive stream, as in a real process.
+// A host is what one machine would be: one client, behind one link to each member. Each workload
+// has a client on it, so that they share the client's connections and its keepalive stream, as in a
+// real process.
 type host struct {
 	id       int
 	links    []*etcdtest.Link
@@ -71,8 +72,8 @@ func (h *host) close() {
 	}
 }
 
-// closeClient does not wait for long: closing a clientv3.Client can block for ever where it has just
-// opened a watch stream again (clientv3's serveSubstream then sends to nobody).
+// closeClient does not wait for long: closing a clientv3.Client can block for ever where it has
+// just opened a watch stream again (clientv3's serveSubstream then sends to nobody).
 func closeClient(client *clientv3.Client) {
 	closed := make(chan struct{})
 	go func() { // until the client is closed

@@ -15,10 +15,11 @@ import (
 	"go.etcd.io/etcd/server/v3/embed"
 )
 
-// The island is an etcd of one member with clients of its own. It asks for passwords, its operator takes
-// a permission away and gives it back, and restores it from backups. Each restore begins an epoch, which
-// has a history of its own: tokens may be smaller than before, and revisions come a second time. So what
-// was seen is compared with the history of one epoch, and never with a mixture of two.
+// The island is an etcd of one member with clients of its own. It asks for passwords, its operator
+// takes a permission away and gives it back, and restores it from backups. Each restore begins an
+// epoch, which has a history of its own: tokens may be smaller than before, and revisions come a
+// second time. So what was seen is compared with the history of one epoch, and never with a mixture
+// of two.
 type island struct {
 	*torture
 	cluster *etcdtest.Cluster
@@ -50,9 +51,10 @@ func (s span) overlaps(from, to time.Duration) bool { return s.from < to && from
 
 const (
 	islandHosts = 3
-	// islandTTL is long enough that a lease outlives a denial, and short enough that a lost one is gone soon.
+	// islandTTL is long enough that a lease outlives a denial, and short enough that a lost one is
+	// gone soon.
 	islandTTL = 5 * time.Second
-	// islandRecovery is within which a holder is told that a restore has taken its key away.
+	// islandRecovery bounds how late a holder is notified that a restore has taken its key away.
 	islandRecovery = 7 * time.Second
 
 	islandOwn    = "island/own"    // held by leases of their own
@@ -195,8 +197,8 @@ func (i *island) restore(f fault) error {
 	return nil
 }
 
-// deny takes the user's permission away, breaks all connections, so that everything is asked for anew,
-// and gives the permission back.
+// deny takes the user's permission away, breaks all connections, so that everything is asked for
+// anew, and gives the permission back.
 func (i *island) deny(f fault) error {
 	ctx, cancel := context.WithTimeout(context.Background(), f.For+20*time.Second)
 	defer cancel()
@@ -279,7 +281,8 @@ func (w *islander) holdBy(shared *sharedLease, name string, atMost time.Duration
 	}
 }
 
-// changeKeys changes a key, but not while etcd is restored. Keys are quiet for longer than a restore takes.
+// changeKeys changes a key, but not while etcd is restored. Keys are quiet for longer than a
+// restore takes.
 func (w *islander) changeKeys() {
 	w.changeKey()
 	sleep(w.ctx, w.upTo(time.Second))
@@ -413,7 +416,8 @@ func (w *islander) keepMirror(f *islandFollower) {
 	}
 }
 
-// quietFor is for how long within a time nothing disturbed the island, and this process was not stalled.
+// quietFor is for how long within a time nothing disturbed the island, and this process was not
+// stalled.
 func (i *island) quietFor(_ int, from, to time.Duration) time.Duration {
 	return to - from - i.disturbances.within(everyHost, from, to) - slowness*within(i.pulse.all(), from, to)
 }
@@ -510,8 +514,8 @@ func checkStateEpochs(s state, histories [][]change) (violation string) {
 	return violation
 }
 
-// checkHoldings checks that no two hold a lock at a time, and that tokens grow, but for what a restore
-// explains: the holder before it may be told a little later.
+// checkHoldings checks that no two hold a lock at a time, and that tokens grow, but for what a
+// restore explains: the holder from before it may be notified a little later.
 func (i *island) checkHoldings() {
 	stalls := i.pulse.all()
 	for name, holdings := range i.ledger.byName() {
@@ -586,8 +590,8 @@ func (l *leaseLosses) all() []leaseLoss {
 	return slices.Clone(l.list)
 }
 
-// checkLoss checks that a lease was lost for a reason: a restore, or a process that got to run too seldom.
-// A permission that was away for less than the lease had left is none.
+// checkLoss checks that a lease was lost for a reason: a restore, or a process that got to run too
+// seldom. A permission that was away for less than the lease had left is none.
 func checkLoss(l leaseLoss, restores, denials []span, stalls []stall) string {
 	since := l.at - islandTTL - recovery
 	if disturbed(restores, since, l.at) || within(stalls, since, l.at) > islandTTL/10 {

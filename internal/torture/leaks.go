@@ -8,11 +8,12 @@ import (
 	"time"
 )
 
-// leaking is how long what was closed may take to be gone: a lease that could not be revoked lives for its TTL, and so does
-// what cares for it.
+// leaking is how long what was closed may take to be gone: a lease that could not be revoked lives
+// for its TTL, and so does what cares for it.
 const leaking = leaseTTL + 6*time.Second
 
-// checkLeaks checks that everything that was closed is gone: goroutines of the library, watches that it made, and leases.
+// checkLeaks checks that everything that was closed is gone: goroutines of the library, watches
+// that it made, and leases.
 func (t *torture) checkLeaks(r *report) {
 	deadline := time.Now().Add(leaking)
 	for {
@@ -44,7 +45,8 @@ func (t *torture) leakedLeases() int {
 	return len(resp.Leases)
 }
 
-// ofTheLibrary are the frames of a goroutine that the library runs, or that clientv3 runs for a watch of its.
+// ofTheLibrary are the frames of a goroutine that the library runs, or that clientv3 runs for a
+// watch of its.
 var ofTheLibrary = regexp.MustCompile(`(?m)^(created by )?(example\.com/etcdutil\.|go\.etcd\.io/etcd/client/v3\.\(\*watchGrpcStream\))`)
 
 // leakedGoroutines are the stacks of the goroutines that nobody should be running any more.

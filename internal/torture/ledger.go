@@ -12,13 +12,14 @@ import (
 	"example.com/etcdutil"
 )
 
-// A clock gives the time since the run began, by the process's monotonic clock: all histories of a run are on one.
+// A clock gives the time since the run began, by the process's monotonic clock: all histories of a
+// run are on one.
 type clock struct{ start time.Time }
 
 func (c clock) now() time.Duration { return time.Since(c.start) }
 
-// A holding is the time in which one client might take a lock for its own: from when Acquire returned until it was told
-// that the lock is lost, or was about to release it.
+// A holding is the time in which one client might take a lock for its own: from when Acquire
+// returned until it was notified of the loss, or was about to release it.
 type holding struct {
 	name          string
 	host          int
@@ -28,7 +29,7 @@ type holding struct {
 	disturbed     bool          // the torture deleted the lock's key, or revoked its lease
 	deleted       time.Duration // when that was surely done, 0 if it was not
 	lock          *etcdutil.Lock
-	until         context.Context // whose end tells that the lock is lost: the lock, or what it has its holder run under
+	until         context.Context // what the holder runs under: the lock, or a context derived from it
 	stopListening func() bool
 	ended         bool
 }
@@ -67,7 +68,8 @@ func (l *ledger) beginUnder(until context.Context, host int, lock *etcdutil.Lock
 	return h
 }
 
-// contextEnded notes that the holder was told. The parent's end tells no loss: then the lock is still held.
+// contextEnded notes that the holder was notified. The parent's end is no loss: then the lock is
+// still held.
 func (l *ledger) contextEnded(h *holding) {
 	now := l.now()
 	l.mu.Lock()
@@ -77,7 +79,8 @@ func (l *ledger) contextEnded(h *holding) {
 	}
 }
 
-// release is called before Close. When the parent has ended nobody tells of the lease's end: what counts is its expiry.
+// release is called before Close. After the parent's end nothing reports the lease's end: what
+// counts is its expiry.
 func (l *ledger) release(h *holding) {
 	now := l.now()
 	l.mu.Lock()
@@ -130,7 +133,8 @@ func (l *ledger) byName() map[string][]*holding {
 // A stall is a time in which this process did not get to run.
 type stall struct{ from, to time.Duration }
 
-// pulse notices stalls, which excuse a holder that was told too late: in a process that is paused, nobody can be told.
+// pulse notices stalls, which excuse a holder that was notified too late: in a paused process
+// nobody can be notified.
 type pulse struct {
 	clock
 	mu     sync.Mutex
@@ -178,8 +182,8 @@ type exclusion struct {
 	tightest   string
 }
 
-// checkExclusion checks that the holdings of one name never overlap and that tokens grow. Those that the torture disturbed
-// are left out, for they may overlap the next.
+// checkExclusion checks that the holdings of one name never overlap and that tokens grow. Those
+// that the torture disturbed are left out, for they may overlap the next.
 func checkExclusion(name string, holdings []*holding, stalls []stall) exclusion {
 	var x exclusion
 	sorted := slices.DeleteFunc(slices.Clone(holdings), func(h *holding) bool { return h.disturbed })
@@ -216,11 +220,12 @@ func (x *exclusion) compare(name string, last, next *holding, stalls []stall) {
 	}
 }
 
-// toldWithin is how soon a holder is told when its key is deleted, with a second for a busy machine.
+// toldWithin bounds how late a holder is notified when its key is deleted, with a second for a busy
+// machine.
 const toldWithin = 500*time.Millisecond + time.Second
 
-// checkTold checks that those whose key was deleted were told in time. troubled says whether a fault may have kept a host
-// from being told.
+// checkTold checks that those whose key was deleted were notified in time. troubled says whether a
+// fault may have kept a host from being told.
 func checkTold(holdings []*holding, troubled func(host int, from, to time.Duration) bool) (checked int, violations []string) {
 	for _, h := range holdings {
 		due := h.deleted + toldWithin

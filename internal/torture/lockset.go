@@ -13,10 +13,12 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// lockset is Jepsen's test of etcd's locks: read a set, wait, write it back with one element more, under a lock. Each
-// element that is written and then missing was overwritten by somebody who did not hold the lock, or no longer did.
+// lockset is Jepsen's test of etcd's locks: read a set, wait, write it back with one element more,
+// under a lock. Each element that is written and then missing was overwritten by somebody who did
+// not hold the lock, or no longer did.
 //
-// Fenced writes by Commit. The other, the control, does what users do: it looks whether it still holds the lock, and writes.
+// Fenced writes by Commit. The other, the control, does what users do: it looks whether it still
+// holds the lock, and writes.
 type lockset struct {
 	Name   string // of the lock
 	Fenced bool
@@ -26,13 +28,14 @@ type lockset struct {
 var (
 	fencedSet  = lockset{Name: "lockset-fenced", Fenced: true, Wait: 2 * time.Second}
 	controlSet = lockset{Name: "lockset-control", Wait: 2 * time.Second}
-	// quickSet is one whose holders take turns so fast that a write which arrives late, however little, finds others.
+	// quickSet is one whose holders take turns so fast that a write which arrives late, however
+	// little, finds others.
 	quickSet = lockset{Name: "lockset-quick", Fenced: true, Wait: 100 * time.Millisecond}
 )
 
 func (s lockset) key() string { return s.Name + "-elements" }
 
-// outcome is what the writer of an element, or of a value, was told.
+// outcome is what was reported to the writer of an element, or of a value.
 type outcome string
 
 const (
@@ -51,8 +54,8 @@ func (s lockset) read(ctx context.Context, client *clientv3.Client) ([]string, e
 	return elements, json.Unmarshal(resp.Kvs[0].Value, &elements)
 }
 
-// add adds an element, under the lock. It calls wait between reading and writing, and then worst, at the worst moment: when
-// it has made sure that the lock is held, and is about to write.
+// add adds an element, under the lock. It calls wait between reading and writing, and then worst,
+// at the worst moment: when it has made sure that the lock is held, and is about to write.
 func (s lockset) add(client *clientv3.Client, lock *etcdutil.Lock, element string, wait, worst func()) outcome {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(lock), 10*time.Second)
 	defer cancel()
@@ -75,8 +78,8 @@ func (s lockset) add(client *clientv3.Client, lock *etcdutil.Lock, element strin
 		return refused
 	}
 	worst()
-	// Not with the lock's context: it may save a process that is stopped here and then goes on, but not what that process
-	// has already handed to the network.
+	// Not with the lock's context: it may save a process that is stopped here and then goes on, but
+	// not what that process has already handed to the network.
 	if _, err = client.Do(ctx, put); err != nil {
 		return unknown
 	}
@@ -119,8 +122,8 @@ func (e *elements) count(o outcome) (n int) {
 	return n
 }
 
-// check compares the set with what its writers were told: the acknowledged elements that it lacks, and those that it has
-// although they were refused, or has twice.
+// check compares the set with what was reported to its writers: the acknowledged elements that it
+// lacks, and those that it has although they were refused, or has twice.
 func (e *elements) check(set []string) (lost, wrong []string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -146,7 +149,8 @@ func (e *elements) check(set []string) (lost, wrong []string) {
 	return lost, wrong
 }
 
-// startLockset has a client add elements. The host's child process, where it has one, is a further client.
+// startLockset has a client add elements. The host's child process, where it has one, is a further
+// client.
 func (t *torture) startLockset(h *host, s lockset) {
 	n := 0
 	t.work(h, s.Name, true, func(w *worker) {

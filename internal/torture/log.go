@@ -94,8 +94,8 @@ func (w *worker) writeEntries(ctx context.Context, lock *etcdutil.Lock, log *jou
 	}
 }
 
-// append reports whether the writer may go on. After an unknown outcome it does, now and then: the next write must not come
-// before, or twice.
+// append reports whether the writer may go on. After an unknown outcome it does, now and then: the
+// next write must not come before, or twice.
 func (w *worker) append(lock *etcdutil.Lock, writer *etcdutil.LogWriter[string], log *journal) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond+w.upTo(5*time.Second))
 	defer cancel()
@@ -107,7 +107,7 @@ func (w *worker) append(lock *etcdutil.Lock, writer *etcdutil.LogWriter[string],
 	w.operations.add("log write: "+string(one.outcome), 1)
 	if errors.Is(err, etcdutil.ErrLogConflict) {
 		if held, askErr := lock.Alive(ctx); askErr == nil && held {
-			w.violate("log: host %d holds the lock, but was told of another writer: %v", w.host.id, err)
+			w.violate("log: host %d holds the lock, but got ErrLogConflict: %v", w.host.id, err)
 		}
 	}
 	return err == nil || one.outcome == unknown && w.chance(50)
@@ -153,7 +153,8 @@ func (w *worker) readLog(r *logFollower) {
 	sleep(w.ctx, w.upTo(20*time.Millisecond))
 }
 
-// last is the version of the last entry that was read, or -1 where the next reader need not go on behind it.
+// last is the version of the last entry that was read, or -1 where the next reader need not go on
+// behind it.
 func (r *logFollower) last() int64 {
 	if !r.every || r.gap {
 		return -1
@@ -186,7 +187,7 @@ func (w *worker) readEntries(reader *etcdutil.LogReader[string], r *logFollower,
 	return nil
 }
 
-// checkLog compares what writers were told and readers read with what the oracle saw.
+// checkLog compares what was reported to writers and what readers read with what the oracle saw.
 func (t *torture) checkLog(changes []change) {
 	for _, log := range []*journal{t.log, t.disturbedLog} {
 		for _, v := range checkLogged(log.appends.all, changesOf(log.key, changes)) {
@@ -227,8 +228,8 @@ func checkLogged(all []appended, entries []change) (violations []string) {
 	return append(violations, checkAppends(all, entries, version)...)
 }
 
-// checkAppends checks that every acknowledged write was applied once, at its place, and in order, that no
-// other was applied twice, and that none was applied that was refused.
+// checkAppends checks that every acknowledged write was applied once, at its place, and in order,
+// that no other was applied twice, and that none was applied that was refused.
 func checkAppends(all []appended, applied []change, place func(change) int64) (violations []string) {
 	bad := func(format string, args ...any) { violations = append(violations, fmt.Sprintf(format, args...)) }
 	places := make(map[string][]int64)
@@ -273,7 +274,8 @@ func checkOrder(all []appended) (violations []string) {
 	return violations
 }
 
-// checkLogPart checks that a reader read entries as they are, in order and without a gap, or the latest ones.
+// checkLogPart checks that a reader read entries as they are, in order and without a gap, or the
+// latest ones.
 func checkLogPart(p logPart, entries []change, every bool) (violations []string) {
 	last := p.after
 	for _, e := range p.entries {

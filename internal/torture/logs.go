@@ -6,8 +6,8 @@ import (
 	"sync"
 )
 
-// logs is where locks log at times. While a fault lasts it blocks, or panics: only the lock that logs
-// may suffer from that.
+// logs is where locks log at times. While a fault lasts it blocks, or panics: only the lock that
+// logs may suffer from that.
 type logs struct {
 	mu      sync.Mutex
 	blocked chan struct{} // nil unless it blocks; closed when it no longer does

@@ -1,15 +1,20 @@
-// Torture shows that etcdutil's promises hold under faults that nobody scripted: random ones, at workloads whose histories
-// are recorded and then checked.
+// Torture shows that etcdutil's promises hold under faults that nobody scripted: random ones, at
+// workloads whose histories are recorded and then checked.
 //
 //	go run ./internal/torture -seed 7 -for 60s
 //
-// Three etcd members run inside this process. Five clients, each behind links of its own, and two that are processes of
-// their own, so that they can be paused, contend for locks while members crash, networks break, and keys, leases and
-// history disappear. The seed makes the schedule of the faults, and so replays it; what the system makes of it differs
-// from run to run. The models are Jepsen's lock tests of etcd, and etcd's own robustness tests.
+// Three etcd members run inside this process. Clients, each behind links of its own, and two that
+// are processes of their own, contend for locks, lead, write logs, watch, mirror and register keys.
+// Meanwhile members crash, networks break, processes pause, a proxy loses or delays answers, loggers
+// block, and keys, leases and history disappear. A second etcd, the island, is restored from
+// backups, and takes its users' permission away for seconds.
 //
-// It prints what it did and found, and exits with 1 if a promise was broken, with 2 if it could not find out. That it sees
-// broken promises is shown by planted.sh, which breaks the library on purpose.
+// The seed makes the schedule of the faults. What happens then differs from run to run. The models
+// are Jepsen's lock tests of etcd, and etcd's own robustness tests.
+//
+// It prints what it did and found. It exits with 1 if a promise was broken, and with 2 if it could
+// not find out. The script planted.sh breaks the library on purpose, and shows that the torture sees
+// it.
 package main
 
 import (

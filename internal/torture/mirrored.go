@@ -23,7 +23,8 @@ const (
 
 func mirroredKey(i int) string { return mirroredPrefix + strconv.Itoa(i) }
 
-// A mirrorRead is what one reading of a mirror showed: the value of all keys, or "" if there was none.
+// A mirrorRead is what one reading of a mirror showed: the value of all keys, or "" if there was
+// none.
 type mirrorRead struct {
 	value    string
 	from, to int64         // the revisions that the reader knew the copy to be of: one between them
@@ -132,7 +133,8 @@ func (r *mirrorRead) take(keys map[string]string) (torn string) {
 	return ""
 }
 
-// writeMirrored changes or deletes all keys in one transaction, and reads that back from the mirror.
+// writeMirrored changes or deletes all keys in one transaction, and reads that back from the
+// mirror.
 func (w *worker) writeMirrored(f *mirrorFollower) {
 	ctx, cancel := context.WithTimeout(w.ctx, 2*time.Second)
 	defer cancel()
@@ -207,8 +209,8 @@ func mirroredStates(changes []change) []mirroredState {
 	return states
 }
 
-// checkMirrorRead checks that a read is of one of the revisions that it may be of: not older than what
-// was acknowledged before the time as of which the copy was up to date.
+// checkMirrorRead checks that a read is of one of the revisions that it may be of: not older than
+// what was acknowledged before the time as of which the copy was up to date.
 func checkMirrorRead(r mirrorRead, states []mirroredState, writes []mirrorWrite) string {
 	from := r.from
 	n, _ := slices.BinarySearchFunc(writes, r.asOf, func(w mirrorWrite, at time.Duration) int { return cmp.Compare(w.at, at) })

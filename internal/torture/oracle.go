@@ -26,8 +26,9 @@ type change struct {
 	at       time.Duration // when the oracle saw it
 }
 
-// oracle is what etcd itself says happened: all changes under the observed prefix, in order. It watches with a plain client,
-// which has no links in front of it, and nothing is compacted that it has not seen.
+// oracle is what etcd itself says happened: all changes under the observed prefix, in order. It
+// watches with a plain client, which has no links in front of it, and nothing is compacted that it
+// has not seen.
 type oracle struct {
 	clock
 	mu      sync.Mutex

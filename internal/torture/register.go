@@ -30,7 +30,8 @@ type registerOp struct {
 	value    string // that is written
 }
 
-// registerModel is a register whose writes have unknown outcomes: such a write has not returned by the end of the history.
+// registerModel is a register whose writes have unknown outcomes: such a write has not returned by
+// the end of the history.
 var registerModel = porcupine.Model{
 	Partition: func(history []porcupine.Operation) [][]porcupine.Operation {
 		parts := make([][]porcupine.Operation, registers)
@@ -92,8 +93,8 @@ func (h *history) wrote(client int, register int, value string, o outcome, call,
 	})
 }
 
-// operations leaves out the writes of unknown outcome that nobody has read: each of them may be put at the end of the
-// history, and would only make it long to check.
+// operations leaves out the writes of unknown outcome that nobody has read: each of them may be put
+// at the end of the history, and would only make it long to check.
 func (h *history) operations() []porcupine.Operation {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -15,8 +15,8 @@ const (
 	registeredPrefix = observedPrefix + "registered/"
 	// foughtOverKey is registered by every host.
 	foughtOverKey = registeredPrefix + "fought-over"
-	// registeredWithin bounds how long a registered key may be missing while its host and etcd are well,
-	// with time for a busy machine.
+	// registeredWithin bounds how long a registered key may be missing while its host and etcd are
+	// well, with time for a busy machine.
 	registeredWithin = time.Second + 2*time.Second
 )
 
@@ -25,8 +25,8 @@ type registrant struct {
 	host *host
 	key  string
 	mu   sync.Mutex
-	// value is what the key has to have, and absent since when it has been seen without; "" and 0 if
-	// nothing is to be there, or it is.
+	// value is what the key has to have, and absent since when it has been seen without; "" and 0
+	// if nothing is to be there, or it is.
 	value string
 	since time.Duration
 }
@@ -190,8 +190,9 @@ func (t *torture) checkRegistered(changes []change) {
 // oracleDelay is by how much the oracle may see a change late.
 const oracleDelay = 2 * time.Second
 
-// checkFlapping finds who wrote over another after having been replaced. Before its Register returned a
-// registration may do that: its first write may have been applied and replaced without its knowledge.
+// checkFlapping finds who wrote over another after having been replaced. Before its Register
+// returned a registration may do that: its first write may have been applied and replaced without
+// its knowledge.
 func checkFlapping(changes []change, returned map[string]time.Duration) (violations []string) {
 	last := make(map[string]int64) // by value, which is of one registration
 	current := ""

@@ -75,7 +75,8 @@ const (
 	firstIslander = 100
 )
 
-// plan makes the schedule of a seed. A shorter one is the beginning of a longer one, save what would not be healed in time.
+// plan makes the schedule of a seed. A shorter one is the beginning of a longer one, without what
+// would not be healed in time.
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
 	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses, planAnswers,
@@ -92,11 +93,12 @@ func plan(seed uint64, length time.Duration) []fault {
 	return all
 }
 
-// A lane plans the next fault of its sort, after the last one's time, and when it can plan again. Lanes do not know of each
-// other: their faults coincide.
+// A lane plans the next fault of its sort, after the last one's time, and when it can plan again.
+// Lanes are independent of each other: their faults coincide.
 type lane func(r *rand.Rand, after time.Duration) (f fault, next time.Duration)
 
-// planMembers has one fault of the members at a time, so that they lose their quorum when it is said and for as long.
+// planMembers has one fault of the members at a time, so that they lose their quorum when it is
+// said and for as long.
 func planMembers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:     after + between(r, 3*time.Second, 9*time.Second),
@@ -178,8 +180,9 @@ func planKeys(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	return f, f.At
 }
 
-// planPauses stops both holders that are processes of their own, for longer than a lease lives without renewal: 2 s, up to
-// 0.5 s until the server looks, and a while for somebody else to take over and write. The first is the surest to bite.
+// planPauses stops both holders that are processes of their own, for longer than a lease lives
+// without renewal: 2 s, up to 0.5 s until the server looks, and a while for somebody else to take
+// over and write. The first is the surest to bite.
 func planPauses(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:   after + between(r, 50*time.Millisecond, 500*time.Millisecond),
@@ -192,8 +195,8 @@ func planPauses(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	return f, f.At + f.For + between(r, 100*time.Millisecond, time.Second)
 }
 
-// planAnswers spoils the answers to a host's writes, also those of calm hosts: a lease that lives on
-// is where a write that comes late does harm.
+// planAnswers spoils the answers to a host's writes, also those of calm hosts: a lease that lives
+// on is where a write that comes late does harm.
 func planAnswers(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:   after + between(r, 200*time.Millisecond, 1200*time.Millisecond),
@@ -215,8 +218,9 @@ func planMetadata(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	return f, f.At
 }
 
-// planIsland has one fault of the island at a time. After a restore there is time in which wrong holders
-// would be seen, and after a denial time in which detectors that have switched themselves off would be.
+// planIsland has one fault of the island at a time. After a restore there is time in which wrong
+// holders would be seen, and after a denial time in which detectors that have switched themselves
+// off would be.
 func planIsland(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 	f := fault{
 		At:   after + between(r, 500*time.Millisecond, 3*time.Second),

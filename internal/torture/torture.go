@@ -69,7 +69,8 @@ type torture struct {
 	err        error // why the run itself is worth nothing
 }
 
-// run tortures the library. The error is for what kept it from that; broken promises are in the report.
+// run tortures the library. The error is for what kept it from that; broken promises are in the
+// report.
 func run(seed uint64, length time.Duration, pictures string) (*report, error) {
 	c := clock{time.Now()}
 	t := &torture{
@@ -177,7 +178,8 @@ func (t *torture) setUp() (err error) {
 	return nil
 }
 
-// startWorkloads starts five clients of each, or more. Of the lock-sets one is a child, which already queues.
+// startWorkloads starts five clients of each, or more. Of the lock-sets one is a child, which
+// already queues.
 func (t *torture) startWorkloads() {
 	for _, h := range t.hosts[hosts+calmHosts : crowdHost] {
 		t.startHoled(h)
@@ -207,7 +209,8 @@ func (t *torture) startWorkloads() {
 	t.island.start()
 }
 
-// liveness is how long after the faults everybody may take to be served. It counts the time in which this process got to run.
+// liveness is how long after the faults everybody may take to be served. It counts the time in
+// which this process got to run.
 const liveness = 15 * time.Second
 
 const (
@@ -248,8 +251,9 @@ func (t *torture) settle(r *report) error {
 	return nil
 }
 
-// ran is for how long this process has got to run since then. A process that is stalled is slow between its stalls as well, which
-// the pulse does not see, so that they count more than once; when it is overdue, they are no excuse any more.
+// ran is for how long this process has got to run since then. A process that is stalled is slow
+// between its stalls as well, which the pulse does not see, so that they count more than once; when
+// it is overdue, they are no excuse any more.
 func (t *torture) ran(since time.Duration) time.Duration {
 	now := t.now()
 	if now-since > overdue {
@@ -277,8 +281,8 @@ func (t *torture) followersBehind(target int64) (behind []*progress) {
 	return behind
 }
 
-// bite pauses the control's child a few times more if the control has lost nothing yet: a short run has room for a pause or
-// two, and what was written after one may have met another fault.
+// bite pauses the control's child a few times more if the control has lost nothing yet: a short run
+// has room for a pause or two, and what was written after one may have met another fault.
 func (t *torture) bite() error {
 	for range 3 {
 		if lost, err := t.awaitLoss(0); err != nil || lost {
@@ -395,7 +399,7 @@ func (t *torture) checkHoldings(r *report) {
 	}
 }
 
-// toldLate says what excuses a holder that is told late.
+// toldLate returns what excuses a holder that is notified late.
 func (t *torture) toldLate(stalls []stall) func(host int, from, to time.Duration) bool {
 	return func(host int, from, to time.Duration) bool {
 		return t.troubles.between(host, from, to) || within(stalls, from, to) > (to-from)/4
@@ -419,7 +423,8 @@ func (t *torture) tearDown() {
 	}
 }
 
-// newRand is for one worker. Only the schedule is replayed exactly; this is as near as goroutines let it be.
+// newRand is for one worker. Only the schedule is replayed exactly; this is as near as goroutines
+// let it be.
 func (t *torture) newRand() *rand.Rand {
 	t.mu.Lock()
 	defer t.mu.Unlock()

@@ -41,7 +41,8 @@ func (t *torture) startWatch(h *host) {
 	t.work(h, "", false, func(w *worker) { w.followSnapshot(s) })
 }
 
-// changeKeys makes one transaction of one to three changes. It does not matter whether it is applied: the oracle sees that.
+// changeKeys makes one transaction of one to three changes. It does not matter whether it is
+// applied: the oracle sees that.
 func (w *worker) changeKeys(n *int) {
 	ctx, cancel := context.WithTimeout(w.ctx, 2*time.Second)
 	defer cancel()
@@ -103,7 +104,8 @@ type segment struct {
 	compacted  int64
 }
 
-// observe opens a watcher where the last one ended, reads from it for a while, at times slowly, and closes it.
+// observe opens a watcher where the last one ended, reads from it for a while, at times slowly, and
+// closes it.
 func (w *worker) observe(o *observer) {
 	s := w.segmentOf(o)
 	if s == nil {
@@ -129,7 +131,8 @@ func (w *worker) observe(o *observer) {
 	}
 }
 
-// leave ends a watcher's part of a segment. Of a transaction that was not read to its end everything will come again.
+// leave ends a watcher's part of a segment. Of a transaction that was not read to its end
+// everything will come again.
 func (w *worker) leave(o *observer, s *segment, upTo int64) {
 	s.upTo = upTo
 	read := len(s.events)
@@ -329,9 +332,9 @@ func (e expected) String() string {
 	return fmt.Sprintf("put of %s at %d: %q, version %d", e.key, e.revision, e.value, e.version)
 }
 
-// checkSegment checks etcd's guarantees, of which each is broken if what came is not what is to come: events are ordered,
-// come once, none is missing, those of one transaction come together, and a watcher that goes on where another ended
-// receives what follows.
+// checkSegment checks etcd's guarantees, of which each is broken if what came is not what is to
+// come: events are ordered, come once, none is missing, those of one transaction come together, and
+// a watcher that goes on where another ended receives what follows.
 func checkSegment(s *segment, all []expected) (violations []string) {
 	if s.gap && s.compacted <= s.upTo {
 		violations = append(violations, fmt.Sprintf("ended with a gap after revision %d, although only %d was compacted", s.upTo, s.compacted))
@@ -369,7 +372,8 @@ func describe(e etcdutil.Event[string]) string {
 	return fmt.Sprintf("%s of %s at %d: %q%s, version %d", e.Type, e.Key, e.Revision, e.Value, e.Raw, e.Version)
 }
 
-// differs says in what an event is not the one that is due. Prev may be missing: etcd may have compacted it.
+// differs says in what an event is not the one that is due. Prev may be missing: etcd may have
+// compacted it.
 func (d expected) differs(e etcdutil.Event[string]) string {
 	kind, value, decodes := etcdutil.EventPut, "", false
 	switch {

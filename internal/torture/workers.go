@@ -64,7 +64,8 @@ func (w *worker) acquired(name string, lock *etcdutil.Lock, err error) (*etcduti
 // closedWithin bounds a Close, with a second for a busy machine.
 const closedWithin = 5*time.Second + time.Second
 
-// release gives a lock back, and checks that Close says nothing but what it may, and returns in time.
+// release gives a lock back, and checks that Close returns nothing but what it may, and returns in
+// time.
 func (w *worker) release(lock *etcdutil.Lock, h *holding) {
 	w.ledger.release(h)
 	begun := w.now()
@@ -108,7 +109,8 @@ func (w *worker) upTo(d time.Duration) time.Duration {
 
 func (w *worker) chance(percent int) bool { return w.rand.IntN(100) < percent }
 
-// hold stays for up to d, or until ctx ends; for a moment once the faults have stopped, for then everybody is to have a turn.
+// hold stays for up to d, or until ctx ends; for a moment once the faults have stopped, for then
+// everybody is to have a turn.
 func (w *worker) hold(ctx context.Context, d time.Duration) {
 	if w.settling.Load() {
 		d = min(d, 20*time.Millisecond)
@@ -129,7 +131,7 @@ func (w *worker) upToTimes(n int) int {
 	return 1 + w.rand.IntN(n)
 }
 
-// waiters knows who contends for locks, to tell whether all of them get their turn.
+// waiters records who contends for locks, to see whether all of them get their turn.
 type waiters struct {
 	mu  sync.Mutex
 	all []*waiter
