@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -53,7 +54,8 @@ type LeaseEvent struct {
 	Took, Left time.Duration
 }
 
-// RetryEvent describes an attempt that failed with Err. Attempt is its number, from 1.
+// RetryEvent describes an attempt that failed with Err. Attempt is its number, from 1. Op is the
+// operation. It is one of a few strings without names or IDs, so that it can be a metric's label.
 type RetryEvent struct {
 	Op      string
 	Attempt int
@@ -267,8 +269,18 @@ func (r *reporter) retrying(e RetryEvent) {
 		if e.Attempt == 1 {
 			r.log(slog.LevelWarn, "retrying", "operation", e.Op, "error", e.Err)
 		}
+		e.Op = withoutID(e.Op)
 		call(r.observer.Retrying, e)
 	})
+}
+
+// withoutID returns the name of an operation without the lease ID that log lines have. The rest is
+// fit for a metric's label.
+func withoutID(op string) string {
+	if before, _, ok := strings.Cut(op, "lease "); ok {
+		return before + "lease"
+	}
+	return op
 }
 
 // watchStalled reports that a watch cannot be resumed for now.

@@ -177,6 +177,19 @@ func TestObserverOfRetrySeesEachAttemptThatIsRepeated(t *testing.T) {
 	require.ErrorIs(t, r.all("retrying")[2].event.(RetryEvent).Err, rpctypes.ErrNoLeader)
 }
 
+func TestObserverSeesOperationsWithoutIDs(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	var r recorder
+	lease := mustLease(t, client, 10*time.Second, WithObserver(r.observer()), WithRetryPolicy(RetryPolicy{Initial: 1, Max: 1}))
+	link.Cut()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	_, err := lease.Alive(ctx)
+	require.Error(t, err)
+	require.Equal(t, "ask for lease", waitFor[RetryEvent](t, &r, "retrying").Op)
+}
+
 func TestObserverSeesResyncs(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
