@@ -46,9 +46,9 @@ func keepDialing(client *clientv3.Client) (stop func()) {
 	return r.detach
 }
 
-// dial ends gRPC's backoff. It runs as the timer's goroutine. It waits until every endpoint has failed:
-// ResetConnectBackoff reads gRPC's map of connections without a lock, while gRPC fills that map when it
-// begins to connect, which crashes the process.
+// dial ends gRPC's backoff. It runs as the timer's goroutine. It waits until every endpoint has
+// failed: ResetConnectBackoff reads gRPC's map of connections without a lock, while gRPC fills that
+// map when it begins to connect, which crashes the process.
 func (r *redialer) dial() {
 	redialers.Lock()
 	defer redialers.Unlock()
@@ -70,8 +70,8 @@ func (r *redialer) detach() {
 	}
 }
 
-// withConnectionError adds to err why there is no connection. clientv3 returns only ctx's error when
-// a request has waited for a connection until its timeout.
+// withConnectionError adds to err why there is no connection. clientv3 returns only ctx's error
+// when a request has waited for a connection until its timeout.
 func withConnectionError(client *clientv3.Client, err error) error {
 	if client == nil || !isContextError(err) {
 		return err

@@ -9,8 +9,8 @@ import (
 	"github.com/stretchr/testify/assert"
 )
 
-// Under the race detector this shows a read of gRPC's map of connections while gRPC fills it. Without
-// the detector that is a fatal error of the runtime.
+// Under the race detector this shows a read of gRPC's map of connections while gRPC fills it.
+// Without the detector that is a fatal error of the runtime.
 func TestRedialerLeavesGRPCAloneWhileItBeginsToConnect(t *testing.T) {
 	var leases sync.WaitGroup
 	for range 100 {

@@ -9,12 +9,13 @@ import (
 // backupName is the directory of the backup, among those of the members.
 const backupName = "backup"
 
-// Backup keeps a copy of all members' data for [Cluster.Restore], in place of an earlier one. The members that run are
-// stopped for it, as by [Cluster.Stop], so that clients lose their connections, and started again on the same ports; it
-// returns when they serve, like [Cluster.Restart]. Stopped members stay so, and isolated ones too. It is an error that
-// the cluster is closed, the data could not be copied, or that etcd does not start: members may then be left stopped. A
-// copy that fails leaves no backup, not even the earlier one. The copy takes some 64 MB of disk for each member, since
-// etcd allocates its log in advance.
+// Backup keeps a copy of all members' data for [Cluster.Restore], in place of an earlier one. The
+// members that run are stopped for it, as by [Cluster.Stop], so that clients lose their
+// connections, and started again on the same ports; it returns when they serve, like
+// [Cluster.Restart]. Stopped members stay so, and isolated ones too. It is an error that the
+// cluster is closed, the data could not be copied, or that etcd does not start: members may then be
+// left stopped. A copy that fails leaves no backup, not even the earlier one. The copy takes some
+// 64 MB of disk for each member, since etcd allocates its log in advance.
 func (c *Cluster) Backup() error {
 	return c.takeTurn(func() error {
 		leader := c.Leader()
@@ -29,11 +30,13 @@ func (c *Cluster) Backup() error {
 	})
 }
 
-// Restore makes the cluster what it was at the last [Cluster.Backup], on the same endpoints, as operators do after a
-// disaster: what was written since is gone, and the revision has gone backwards, behind what clients may have seen. It
-// stops and starts the members as Backup does; members that are stopped get their old data too. It may be repeated. It
-// is an error that there is no backup, the cluster is closed, the data could not be copied, or that etcd does not start:
-// members may then be left stopped, and if the copy failed, without their data until another Restore succeeds.
+// Restore makes the cluster what it was at the last [Cluster.Backup], on the same endpoints, as
+// operators do after a disaster: what was written since is gone, and the revision has gone
+// backwards, behind what clients may have seen. It stops and starts the members as Backup does;
+// members that are stopped get their old data too. It may be repeated. It is an error that there is
+// no backup, the cluster is closed, the data could not be copied, or that etcd does not start:
+// members may then be left stopped, and if the copy failed, without their data until another
+// Restore succeeds.
 func (c *Cluster) Restore() error {
 	return c.takeTurn(func() error {
 		if c.backup == nil {
@@ -76,8 +79,8 @@ func (c *Cluster) backupOf(n *node) string {
 	return filepath.Join(c.dir, backupName, n.name)
 }
 
-// whileStopped stops what runs, calls f and, unless that fails, starts again what ran. The leader is the index of the
-// member with the newest log, or -1: it leads then as soon as it runs.
+// whileStopped stops what runs, calls f and, unless that fails, starts again what ran. The leader
+// is the index of the member with the newest log, or -1: it leads then as soon as it runs.
 func (c *Cluster) whileStopped(leader int, f func() error) error {
 	var ran []*node
 	for _, n := range c.nodes {

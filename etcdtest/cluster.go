@@ -27,8 +27,8 @@
 // If the environment variable ETCDTEST_SERVER names a program of etcd, each member that starts is a
 // process of that program, instead of etcd v3.7 in this process. All else is the same, but:
 //   - New and Restart take a second or two, since members elect a leader in their own time.
-//   - A setting of [NewWith] is passed on as a flag, if etcd has one for it. A program that does not
-//     know the flag ends, which is an error.
+//   - A setting of [NewWith] is passed on as a flag, if etcd has one for it. A program that does
+//     not know the flag ends, which is an error.
 //   - Isolate works on Linux only.
 //
 // # Links
@@ -71,15 +71,16 @@ const (
 	startAttempts = 5
 	// readyTimeout bounds how long New and Restart wait until the members serve.
 	readyTimeout = 30 * time.Second
-	// electTimeout bounds how long a first leader is hurried: others do not stand for election before.
+	// electTimeout bounds how long a first leader is hurried: others do not stand for election
+	// before.
 	electTimeout = 200 * time.Millisecond
 	// pollInterval is how often all these look.
 	pollInterval = 5 * time.Millisecond
 )
 
-// Cluster is a number of etcd members in this process. Its methods are safe for concurrent use: Stop, Restart,
-// Isolate, Rejoin, Backup, Restore and Close take turns, the others do not wait for them. Members are numbered from 0,
-// in the order of [Cluster.Endpoints].
+// Cluster is a number of etcd members in this process. Its methods are safe for concurrent use:
+// Stop, Restart, Isolate, Rejoin, Backup, Restore and Close take turns, the others do not wait for
+// them. Members are numbered from 0, in the order of [Cluster.Endpoints].
 type Cluster struct {
 	dir       string
 	nodes     []*node
@@ -92,19 +93,21 @@ type Cluster struct {
 	backup *backup    // guarded by turn; nil if there is none
 }
 
-// New runs a cluster of in-process members on free loopback ports, fsync off, in a temporary directory. It returns when
-// each member serves clients and one leads, or with an error: that members is not positive, or that etcd did not start.
-// The caller closes the cluster.
+// New runs a cluster of in-process members on free loopback ports, fsync off, in a temporary
+// directory. It returns when each member serves clients and one leads, or with an error: that
+// members is not positive, or that etcd did not start. The caller closes the cluster.
 func New(members int) (*Cluster, error) {
 	return NewWith(members, nil)
 }
 
-// NewWith is [New] with settings of etcd: configure, unless nil, is called with a member's configuration before each
-// start of it, also by Restart, Backup and Restore; for one member of the cluster at a time, and with a new
-// configuration each time. That is etcd's default, but without fsync and logs. What makes it a member of this cluster
-// is set afterwards, over whatever configure set: the name, the directories, the initial cluster, the addresses for
-// clients and peers, and ServiceRegister. The addresses are without TLS, for which there is [NewSecure], and configure must not ask for another initial
-// state of the cluster. It may change ticks and elections; the times in this package's documentation are then others.
+// NewWith is [New] with settings of etcd: configure, unless nil, is called with a member's
+// configuration before each start of it, also by Restart, Backup and Restore; for one member of the
+// cluster at a time, and with a new configuration each time. That is etcd's default, but without
+// fsync and logs. What makes it a member of this cluster is set afterwards, over whatever configure
+// set: the name, the directories, the initial cluster, the addresses for clients and peers, and
+// ServiceRegister. The addresses are without TLS, for which there is [NewSecure], and configure
+// must not ask for another initial state of the cluster. It may change ticks and elections; the
+// times in this package's documentation are then others.
 func NewWith(members int, configure func(*embed.Config)) (*Cluster, error) {
 	return newCluster(members, Security{Configure: configure})
 }
@@ -179,7 +182,8 @@ func (c *Cluster) startNodes(members int, security Security) error {
 	return c.addUsers()
 }
 
-// Endpoints returns the members' client endpoints, each "127.0.0.1:port". They stay the same for the cluster's life.
+// Endpoints returns the members' client endpoints, each "127.0.0.1:port". They stay the same for
+// the cluster's life.
 func (c *Cluster) Endpoints() []string {
 	endpoints := make([]string, len(c.nodes))
 	for i, n := range c.nodes {
@@ -188,8 +192,8 @@ func (c *Cluster) Endpoints() []string {
 	return endpoints
 }
 
-// Client returns a new client to all members, closed when tb ends: root's, if the cluster has users. It
-// logs nothing; its DialTimeout is 5 s. It fails tb when clientv3 cannot make one.
+// Client returns a new client to all members, closed when tb ends: root's, if the cluster has
+// users. It logs nothing; its DialTimeout is 5 s. It fails tb when clientv3 cannot make one.
 func (c *Cluster) Client(tb testing.TB) *clientv3.Client {
 	tb.Helper()
 	config, err := c.ClientConfig(root)
@@ -204,8 +208,8 @@ func (c *Cluster) Client(tb testing.TB) *clientv3.Client {
 	return client
 }
 
-// Leader returns the index of the member that leads, -1 if none does: the one that a majority of all members, itself
-// among them, follows. Stopped and isolated members neither lead nor follow.
+// Leader returns the index of the member that leads, -1 if none does: the one that a majority of
+// all members, itself among them, follows. Stopped and isolated members neither lead nor follow.
 func (c *Cluster) Leader() int {
 	followers := make(map[types.ID]int)
 	self := make(map[types.ID]int)
@@ -224,9 +228,9 @@ func (c *Cluster) Leader() int {
 	return -1
 }
 
-// elect makes n the leader now. Left alone, members wait for a random time of up to two election timeouts. Others must
-// neither have a newer log nor stand themselves: a new cluster, or the only member. It may fail, when etcd is slow to
-// start; then they elect one later.
+// elect makes n the leader now. Left alone, members wait for a random time of up to two election
+// timeouts. Others must neither have a newer log nor stand themselves: a new cluster, or the only
+// member. It may fail, when etcd is slow to start; then they elect one later.
 func (c *Cluster) elect(n *node) {
 	deadline := time.Now().Add(electTimeout)
 	n.awaitApplied(deadline)
@@ -276,9 +280,10 @@ func (c *Cluster) quorum() int {
 	return len(c.nodes)/2 + 1
 }
 
-// Stop stops a member as a crash would: clients and peers lose their connections at once and are then refused, and a
-// leader does not hand over. What the member had acknowledged is kept for [Cluster.Restart]. Stopping a stopped member
-// does nothing. It is an error that member is no index, or the cluster closed.
+// Stop stops a member as a crash would: clients and peers lose their connections at once and are
+// then refused, and a leader does not hand over. What the member had acknowledged is kept for
+// [Cluster.Restart]. Stopping a stopped member does nothing. It is an error that member is no
+// index, or the cluster closed.
 func (c *Cluster) Stop(member int) error {
 	return c.change(member, func(n *node) error {
 		n.stop()
@@ -286,9 +291,10 @@ func (c *Cluster) Stop(member int) error {
 	})
 }
 
-// Restart starts a stopped member on the same ports and data. It returns when the member serves clients, unless the
-// cluster has no quorum with it, or the member is isolated: then it returns when the member listens. Restarting a
-// running member does nothing. It is an error that member is no index, the cluster closed, or that etcd does not start.
+// Restart starts a stopped member on the same ports and data. It returns when the member serves
+// clients, unless the cluster has no quorum with it, or the member is isolated: then it returns
+// when the member listens. Restarting a running member does nothing. It is an error that member is
+// no index, the cluster closed, or that etcd does not start.
 func (c *Cluster) Restart(member int) error {
 	return c.change(member, func(n *node) error {
 		if n.running() {
@@ -307,10 +313,10 @@ func (c *Cluster) Restart(member int) error {
 	})
 }
 
-// Isolate cuts a member from its peers, at once, and leaves its client port open: a leader stops leading within two
-// election timeouts (2 s), and the other members elect one of theirs if they can. It lasts until [Cluster.Rejoin], and
-// through Stop and Restart. Isolating an isolated member, or the only member, does nothing. It is an error that member
-// is no index, or the cluster closed.
+// Isolate cuts a member from its peers, at once, and leaves its client port open: a leader stops
+// leading within two election timeouts (2 s), and the other members elect one of theirs if they
+// can. It lasts until [Cluster.Rejoin], and through Stop and Restart. Isolating an isolated member,
+// or the only member, does nothing. It is an error that member is no index, or the cluster closed.
 func (c *Cluster) Isolate(member int) error {
 	return c.change(member, func(n *node) error {
 		if len(c.nodes) == 1 {
@@ -320,8 +326,8 @@ func (c *Cluster) Isolate(member int) error {
 	})
 }
 
-// Rejoin undoes [Cluster.Isolate]; it does not wait for the member to catch up. Rejoining a member that is not isolated
-// does nothing. It is an error that member is no index, or the cluster closed.
+// Rejoin undoes [Cluster.Isolate]; it does not wait for the member to catch up. Rejoining a member
+// that is not isolated does nothing. It is an error that member is no index, or the cluster closed.
 func (c *Cluster) Rejoin(member int) error {
 	return c.change(member, func(n *node) error {
 		n.rejoin()
@@ -329,8 +335,8 @@ func (c *Cluster) Rejoin(member int) error {
 	})
 }
 
-// Close stops all members and removes their data. Closing again does nothing. It is an error that the data could not be
-// removed.
+// Close stops all members and removes their data. Closing again does nothing. It is an error that
+// the data could not be removed.
 func (c *Cluster) Close() error {
 	c.turn.Lock()
 	defer c.turn.Unlock()

@@ -90,7 +90,8 @@ func TestEachMemberIsConfiguredBeforeEachStart(t *testing.T) {
 	}
 }
 
-// requireOneOperation requires that the client's member was configured to take no more in one transaction.
+// requireOneOperation requires that the client's member was configured to take no more in one
+// transaction.
 func requireOneOperation(t *testing.T, client *clientv3.Client) {
 	t.Helper()
 	put(t, client, "one")
@@ -235,7 +236,8 @@ func TestIsolatedFollowerLosesItsLeaderUntilItRejoins(t *testing.T) {
 	require.Fail(t, "the return of a follower must not disturb the leader")
 }
 
-// leaderStays isolates a follower for a while, and reports whether the others' leader stayed the same.
+// leaderStays isolates a follower for a while, and reports whether the others' leader stayed the
+// same.
 func leaderStays(t *testing.T) bool {
 	cluster := etcdtest.Start(t, 3)
 	leader := cluster.Leader()
@@ -491,7 +493,8 @@ func entries(t *testing.T, dir string) []string {
 	return names
 }
 
-// etcd 3.7 panics in an election that comes before it has applied what it had committed, if that is over a hundred entries.
+// etcd 3.7 panics in an election that comes before it has applied what it had committed, if that is
+// over a hundred entries.
 func TestMemberWithManyEntriesRestarts(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	client := cluster.Client(t)

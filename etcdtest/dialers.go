@@ -6,8 +6,8 @@ import (
 )
 
 // dialers are the processes of a cluster's members, of which some are cut off from their peers. The
-// links between members drop what these send and what is sent to them, though the peers' own links are
-// sound. A nil *dialers has none.
+// links between members drop what these send and what is sent to them, though the peers' own links
+// are sound. A nil *dialers has none.
 type dialers struct {
 	mu        sync.Mutex
 	processes map[int]bool // whether it is cut off, by process ID
@@ -29,7 +29,8 @@ func (d *dialers) remove(pid int) {
 	delete(d.processes, pid)
 }
 
-// cut cuts a process off. It is an error that this system does not show who has dialed a connection.
+// cut cuts a process off. It is an error that this system does not show who has dialed a
+// connection.
 func (d *dialers) cut(pid int) error {
 	if err := canFindOwner(); err != nil {
 		return err

@@ -78,12 +78,13 @@ func (e *embedded) step(kind raftpb.MessageType) {
 	ctx, cancel := context.WithTimeout(context.Background(), stepTimeout)
 	defer cancel()
 	id := uint64(e.etcd.Server.MemberID())
-	// An error means that etcd is stopping, or too busy; then nothing comes of it, as of any raft message.
+	// An error means that etcd is stopping, or too busy; then nothing comes of it, as of any raft
+	// message.
 	_ = e.etcd.Server.Process(ctx, &raftpb.Message{Type: kind.Enum(), From: new(id), To: new(id)})
 }
 
-// stop stops etcd at once, where its Close alone waits 7 s for clients to end their watches, and for a leader to hand
-// over, and 1 s for peers to hang up.
+// stop stops etcd at once, where its Close alone waits 7 s for clients to end their watches, and
+// for a leader to hand over, and 1 s for peers to hang up.
 func (e *embedded) stop() {
 	if server := e.server.Load(); server != nil {
 		server.Stop()

@@ -16,21 +16,27 @@ import (
 const (
 	// linkDialTimeout bounds the dial of the endpoint behind a Link.
 	linkDialTimeout = 5 * time.Second
-	// linkChunk is the most bytes that a Link reads at once, and linkQueue the most chunks that one direction of one
-	// connection holds back for a delay. Beyond that the sender is slowed down, as a full network would.
+	// linkChunk is the most bytes that a Link reads at once, and linkQueue the most chunks that one
+	// direction of one connection holds back for a delay. Beyond that the sender is slowed down, as
+	// a full network would.
 	linkChunk = 16 << 10
 	linkQueue = 1024
 )
 
-// Link is a TCP proxy in front of one endpoint, with the faults of a network: black holes, latency, resets. It knows
-// nothing of gRPC or TLS and passes both on unchanged. Its methods are safe for concurrent use.
+// Link is a TCP proxy in front of one endpoint, with the faults of a network: black holes, latency,
+// resets. It knows nothing of gRPC or TLS and passes both on unchanged. Its methods are safe for
+// concurrent use.
 //
-// It is written by hand, for lack of what matters here in etcd's own go.etcd.io/etcd/pkg/v3/proxy (v3.7.3):
-//   - that proxy cannot close connections: a stream that lost bytes in its black hole goes on afterwards, corrupt, and
-//     its Close waits for either end to hang up (with etcd's peers behind it, Cluster.Close took 5 s);
+// It is written by hand, for lack of what matters here in etcd's own go.etcd.io/etcd/pkg/v3/proxy
+// (v3.7.3):
+//   - that proxy cannot close connections: a stream that lost bytes in its black hole goes on
+//     afterwards, corrupt, and its Close waits for either end to hang up (with etcd's peers behind
+//     it, Cluster.Close took 5 s);
 //   - it does not tell which connections lost bytes;
-//   - when the endpoint refuses, it drops the client's connection without closing it: the client hangs;
-//   - it sleeps for the delay after each read: what arrives in that time waits for up to twice the delay;
+//   - when the endpoint refuses, it drops the client's connection without closing it: the client
+//     hangs;
+//   - it sleeps for the delay after each read: what arrives in that time waits for up to twice the
+//     delay;
 //   - it listens on all interfaces, and stops when 16 errors have not been read.
 type Link struct {
 	target   string
@@ -59,9 +65,10 @@ const (
 	toClient
 )
 
-// NewLink starts a link in front of endpoint, on a free loopback port. The endpoint is "host:port", or that with
-// "http://" or "https://" before it; anything else is an error. It need not be served yet: while it refuses
-// connections, the link closes those of its clients. The caller closes the link.
+// NewLink starts a link in front of endpoint, on a free loopback port. The endpoint is "host:port",
+// or that with "http://" or "https://" before it; anything else is an error. It need not be served
+// yet: while it refuses connections, the link closes those of its clients. The caller closes the
+// link.
 func NewLink(endpoint string) (*Link, error) {
 	target, err := parseEndpoint(endpoint)
 	if err != nil {
@@ -128,29 +135,32 @@ func (l *Link) Endpoint() string {
 	return l.listener.Addr().String()
 }
 
-// Cut turns the link into a black hole both ways, at once: no byte written after Cut has returned arrives before
-// [Link.Heal], nor does the end of a connection; bytes held back by [Link.Delay] when they fall due in the cut are lost.
-// Connections stay open, and new ones are accepted but carry nothing.
+// Cut turns the link into a black hole both ways, at once: no byte written after Cut has returned
+// arrives before [Link.Heal], nor does the end of a connection; bytes held back by [Link.Delay]
+// when they fall due in the cut are lost. Connections stay open, and new ones are accepted but
+// carry nothing.
 func (l *Link) Cut() {
 	l.change(func(f *faults) { f.drop = [2]bool{toServer: true, toClient: true} })
 }
 
-// DropReplies turns the link into a black hole from the server to the client, at once, while what the client sends
-// still arrives: requests are carried out, and their outcome stays unknown. It adds to a Cut, and ends with
-// [Link.Heal].
+// DropReplies turns the link into a black hole from the server to the client, at once, while what
+// the client sends still arrives: requests are carried out, and their outcome stays unknown. It
+// adds to a Cut, and ends with [Link.Heal].
 func (l *Link) DropReplies() {
 	l.change(func(f *faults) { f.drop[toClient] = true })
 }
 
-// Delay makes each byte arrive d later, in each direction: a round trip takes 2d longer. It replaces an earlier delay,
-// also for the bytes on their way, and keeps their order. Zero or less is no delay. Connecting takes no longer.
+// Delay makes each byte arrive d later, in each direction: a round trip takes 2d longer. It
+// replaces an earlier delay, also for the bytes on their way, and keeps their order. Zero or less
+// is no delay. Connecting takes no longer.
 func (l *Link) Delay(d time.Duration) {
 	l.change(func(f *faults) { f.delay = max(d, 0) })
 }
 
-// Heal undoes Cut, DropReplies and Delay. It resets the connections that lost bytes and those opened in a cut, since
-// what follows a gap would be corrupt; the others go on unharmed. A client dials anew by itself, but a request that it
-// sends before it notices may fail: clientv3 repeats reads, and returns Unavailable for writes.
+// Heal undoes Cut, DropReplies and Delay. It resets the connections that lost bytes and those
+// opened in a cut, since what follows a gap would be corrupt; the others go on unharmed. A client
+// dials anew by itself, but a request that it sends before it notices may fail: clientv3 repeats
+// reads, and returns Unavailable for writes.
 func (l *Link) Heal() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -163,7 +173,8 @@ func (l *Link) Heal() {
 	}
 }
 
-// Reset closes all connections, of both sides, by a TCP reset. New ones are accepted at once; faults stay as they are.
+// Reset closes all connections, of both sides, by a TCP reset. New ones are accepted at once;
+// faults stay as they are.
 func (l *Link) Reset() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -172,8 +183,8 @@ func (l *Link) Reset() {
 	}
 }
 
-// Close closes the link and all its connections, and waits for its goroutines. Clients are then refused. Closing again
-// does nothing. The error is always nil.
+// Close closes the link and all its connections, and waits for its goroutines. Clients are then
+// refused. Closing again does nothing. The error is always nil.
 func (l *Link) Close() error {
 	l.stop()
 	_ = l.listener.Close()
@@ -325,8 +336,8 @@ func (c *linkConn) pump(d direction, dst, src *net.TCPConn) {
 		if !c.waitUntilDue(ch) {
 			return
 		}
-		// Asked as late as possible, so that a cut also takes what was held back. What passes here was read, and
-		// therefore sent, before any later Cut.
+		// Asked as late as possible, so that a cut also takes what was held back. What passes here
+		// was read, and therefore sent, before any later Cut.
 		if c.passes(d) {
 			c.forward(dst, ch)
 		}
@@ -371,8 +382,8 @@ func (c *linkConn) waitUntilDue(ch chunk) bool {
 	}
 }
 
-// passes tells whether something may pass now. If not, c is damaged from the same instant: a Heal either came before
-// it and let it pass, or comes after and finds the damage.
+// passes tells whether something may pass now. If not, c is damaged from the same instant: a Heal
+// either came before it and let it pass, or comes after and finds the damage.
 func (c *linkConn) passes(d direction) bool {
 	c.link.mu.Lock()
 	defer c.link.mu.Unlock()
@@ -383,8 +394,8 @@ func (c *linkConn) passes(d direction) bool {
 	return true
 }
 
-// forward passes on a chunk and the way src ended: an end of file as one, for the other direction may go on, and
-// anything else as a reset.
+// forward passes on a chunk and the way src ended: an end of file as one, for the other direction
+// may go on, and anything else as a reset.
 func (c *linkConn) forward(dst *net.TCPConn, ch chunk) {
 	_, err := dst.Write(ch.data)
 	if err == nil && ch.err == io.EOF {
@@ -416,7 +427,8 @@ func (c *linkConn) reset() {
 	}
 }
 
-// abort closes both sides so that both ends see a reset, and lose what was on its way. The caller holds link.mu.
+// abort closes both sides so that both ends see a reset, and lose what was on its way. The caller
+// holds link.mu.
 func (c *linkConn) abort() {
 	_ = c.client.SetLinger(0)
 	if c.server != nil {

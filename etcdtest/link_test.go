@@ -20,7 +20,8 @@ import (
 	"example.com/etcdutil/internal/testclock"
 )
 
-// silence is how long a test listens to find that nothing comes, in which a link on a slow machine has taken what it is to lose.
+// silence is how long a test listens to find that nothing comes, in which a link on a slow machine
+// has taken what it is to lose.
 const silence = 150 * time.Millisecond
 
 func TestNewLinkRefusesAMalformedEndpointByName(t *testing.T) {

@@ -56,7 +56,8 @@ type member interface {
 	leader() (leader types.ID, leads bool)
 	// campaign has it stand for election at once, if it can be made to.
 	campaign()
-	// applied returns the last entry that was applied, and whether no other is known to be committed.
+	// applied returns the last entry that was applied, and whether no other is known to be
+	// committed.
 	applied() (index uint64, all bool)
 	// cut takes it off the network of its peers, whom the link does not let through any more.
 	cut() error
@@ -141,7 +142,8 @@ func (n *node) startPeerLink() (*Link, error) {
 	return newLink(n.linkAddress, n.peerAddress, n.cluster.dialers)
 }
 
-// restart starts a stopped node. Its ports were free to be taken meanwhile, if only by who tries out which are free.
+// restart starts a stopped node. Its ports were free to be taken meanwhile, if only by who tries
+// out which are free.
 func (n *node) restart() error {
 	deadline := time.Now().Add(portTimeout)
 	for {
@@ -243,9 +245,10 @@ func (n *node) campaign() {
 	}
 }
 
-// awaitApplied waits until what the member had committed when it started has been applied. etcd 3.7 panics in an election that
-// comes earlier, if that is over a hundred entries: it then drops the first one from memory, while raft, which is told a little
-// later that they are applied, still looks for it.
+// awaitApplied waits until what the member had committed when it started has been applied. etcd 3.7
+// panics in an election that comes earlier, if that is over a hundred entries: it then drops the
+// first one from memory, while raft, which is told a little later that they are applied, still
+// looks for it.
 func (n *node) awaitApplied(deadline time.Time) {
 	const harmless, untilToldOf = 100, 100 * time.Millisecond
 	for time.Now().Before(deadline) {
@@ -270,8 +273,8 @@ func (n *node) applied() (index uint64, all bool) {
 	return n.member.applied()
 }
 
-// config is etcd's own default configuration but for the disk, elections, what configure changes, and
-// then, so that it cannot, what makes n a member of its cluster.
+// config is etcd's own default configuration but for the disk, elections, what configure changes,
+// and then, so that it cannot, what makes n a member of its cluster.
 func (n *node) config() *embed.Config {
 	config := embed.NewConfig()
 	config.UnsafeNoFsync = true
@@ -291,7 +294,8 @@ func (n *node) config() *embed.Config {
 	return config
 }
 
-// lastWords is a logger for what etcd says before it panics, or exits, and takes the test's process with it.
+// lastWords is a logger for what etcd says before it panics, or exits, and takes the test's process
+// with it.
 func lastWords() *zap.Logger {
 	encoder := zapcore.NewConsoleEncoder(zap.NewDevelopmentEncoderConfig())
 	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(os.Stderr), zap.PanicLevel))

@@ -7,27 +7,29 @@ import (
 )
 
 const (
-	// firstPort and lastPort bound the members' ports. Linux takes the ports of outgoing connections, and of listeners
-	// that name none, from 32768 on, macOS and Windows from 49152: one of them in the place of a stopped member, which
-	// may stay for hours, would keep it from restarting.
+	// firstPort and lastPort bound the members' ports. Linux takes the ports of outgoing
+	// connections, and of listeners that name none, from 32768 on, macOS and Windows from 49152:
+	// one of them in the place of a stopped member, which may stay for hours, would keep it from
+	// restarting.
 	firstPort = 10000
 	lastPort  = 19999
-	// portsPerMember is what one member needs: for clients, for its peers, for the link between, and the guard.
+	// portsPerMember is what one member needs: for clients, for its peers, for the link between,
+	// and the guard.
 	portsPerMember = 4
 	// reserveAttempts is how many places are tried before there is no port to be had.
 	reserveAttempts = 100
 )
 
-// reservation is a row of ports for one member, for as long as it may be restarted. The first, the guard, is listened
-// on all the time, by which other clusters, of this process or another, know that the rest is not for them while the
-// member is stopped.
+// reservation is a row of ports for one member, for as long as it may be restarted. The first, the
+// guard, is listened on all the time, by which other clusters, of this process or another, know
+// that the rest is not for them while the member is stopped.
 type reservation struct {
 	guard     net.Listener
 	addresses [portsPerMember - 1]string
 }
 
-// reserve finds a row of ports at random that nobody listens on. A program that knows nothing of guards may still take
-// one before the member does.
+// reserve finds a row of ports at random that nobody listens on. A program that knows nothing of
+// guards may still take one before the member does.
 func reserve() (*reservation, error) {
 	var last error
 	for range reserveAttempts {

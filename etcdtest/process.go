@@ -76,8 +76,8 @@ func startProcess(program string, n *node) (*process, error) {
 	return p, nil
 }
 
-// requireFree returns an error if somebody listens on one of the addresses, as a program of etcd that
-// has just begun cannot.
+// requireFree returns an error if somebody listens on one of the addresses, as a program of etcd
+// that has just begun cannot.
 func requireFree(addresses ...string) error {
 	for _, address := range addresses {
 		listener, err := net.Listen("tcp", address)
@@ -89,8 +89,8 @@ func requireFree(addresses ...string) error {
 	return nil
 }
 
-// arguments are the flags of a program that make it what config says. Flags that etcd has given another
-// name since are not known to older programs, which then end at once.
+// arguments are the flags of a program that make it what config says. Flags that etcd has given
+// another name since are not known to older programs, which then end at once.
 func arguments(config *embed.Config) []string {
 	list := []string{
 		"--listen-client-urls=" + config.ListenClientUrls[0].String(),

@@ -37,7 +37,8 @@ func owner(conn *net.TCPConn, pids []int) int {
 	return 0
 }
 
-// inodeOf returns the inode of the socket at the other end of a loopback connection, "" if there is none.
+// inodeOf returns the inode of the socket at the other end of a loopback connection, "" if there is
+// none.
 func inodeOf(conn *net.TCPConn) string {
 	table, err := os.Open("/proc/net/tcp")
 	if err != nil {
@@ -46,7 +47,8 @@ func inodeOf(conn *net.TCPConn) string {
 	defer func() { _ = table.Close() }()
 	local, remote := hexAddress(conn.RemoteAddr()), hexAddress(conn.LocalAddr())
 	for lines := bufio.NewScanner(table); lines.Scan(); {
-		// The columns are number, local address, remote address, …, and in the tenth place the inode.
+		// The columns are number, local address, remote address, …, and in the tenth place the
+		// inode.
 		fields := strings.Fields(lines.Text())
 		if len(fields) > 9 && fields[1] == local && fields[2] == remote {
 			return fields[9]

@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc"
 )
 
-// Proxy is etcd's gRPC proxy (`etcd grpc-proxy start`) in this process, in front of all members of a
-// cluster. It serves keys, watches, leases and authentication, without TLS of its own.
+// Proxy is etcd's gRPC proxy (`etcd grpc-proxy start`) in this process, in front of all members of
+// a cluster. It serves keys, watches, leases and authentication, without TLS of its own.
 type Proxy struct {
 	endpoint string
 	upstream *clientv3.Client
@@ -25,10 +25,10 @@ type Proxy struct {
 	serving  sync.WaitGroup
 }
 
-// NewProxy runs a proxy in front of a cluster, on a free loopback port. With Security.TLS the proxy has
-// the certificate of this user. etcd's proxy renews all leases as that user, whoever they belong to: with
-// users but without TLS, leases that have keys are not renewed. The caller closes the proxy, before the
-// cluster.
+// NewProxy runs a proxy in front of a cluster, on a free loopback port. With Security.TLS the proxy
+// has the certificate of this user. etcd's proxy renews all leases as that user, whoever they
+// belong to: with users but without TLS, leases that have keys are not renewed. The caller closes
+// the proxy, before the cluster.
 func NewProxy(cluster *Cluster, user string) (*Proxy, error) {
 	p, err := newProxy(cluster, user)
 	if err != nil {
@@ -37,8 +37,8 @@ func NewProxy(cluster *Cluster, user string) (*Proxy, error) {
 	return p, nil
 }
 
-// StartProxy is [NewProxy] with root's client for a test: it fails tb on an error, and closes the proxy
-// when tb ends.
+// StartProxy is [NewProxy] with root's client for a test: it fails tb on an error, and closes the
+// proxy when tb ends.
 func StartProxy(tb testing.TB, cluster *Cluster) *Proxy {
 	tb.Helper()
 	p, err := NewProxy(cluster, root)

@@ -39,8 +39,9 @@ type Security struct {
 	// Users turns etcd's authentication on, unless it is empty. A user named root is added if none
 	// is listed. Passwords are hashed at bcrypt's lowest cost.
 	Users []User
-	// JWT makes tokens JSON Web Tokens, which expire TokenTTL after they were issued. Without it they
-	// are etcd's simple tokens, which expire TokenTTL after their last use, or up to 1 s later.
+	// JWT makes tokens JSON Web Tokens, which expire TokenTTL after they were issued. Without it
+	// they are etcd's simple tokens, which expire TokenTTL after their last use, or up to 1 s
+	// later.
 	JWT bool
 	// TokenTTL is rounded up to seconds. 0 means etcd's default of 5 minutes.
 	TokenTTL time.Duration
@@ -65,23 +66,25 @@ type Permission struct {
 	Prefix bool // every key that begins with Key; with an empty Key, every key
 }
 
-// NewSecure is [New] for a cluster with TLS, with users, or with both. [Cluster.ClientConfig] returns
-// what a user's client needs.
+// NewSecure is [New] for a cluster with TLS, with users, or with both. [Cluster.ClientConfig]
+// returns what a user's client needs.
 func NewSecure(members int, security Security) (*Cluster, error) {
 	return newCluster(members, security)
 }
 
-// StartSecure is [NewSecure] for a test: it fails tb on an error, and closes the cluster when tb ends.
+// StartSecure is [NewSecure] for a test: it fails tb on an error, and closes the cluster when tb
+// ends.
 func StartSecure(tb testing.TB, members int, security Security) *Cluster {
 	tb.Helper()
 	c, err := NewSecure(members, security)
 	return c.closedAfter(tb, err)
 }
 
-// ClientConfig returns the configuration of a client of this user: all endpoints, the user's name and
-// password, and with TLS a certificate in the user's name, valid for a day. It logs nothing, and its
-// DialTimeout is 5 s. Change what you need to and pass it to clientv3.New. A user that is not among
-// Security.Users has no password. On a cluster without TLS and without users the user is ignored.
+// ClientConfig returns the configuration of a client of this user: all endpoints, the user's name
+// and password, and with TLS a certificate in the user's name, valid for a day. It logs nothing,
+// and its DialTimeout is 5 s. Change what you need to and pass it to clientv3.New. A user that is
+// not among Security.Users has no password. On a cluster without TLS and without users the user is
+// ignored.
 func (c *Cluster) ClientConfig(user string) (clientv3.Config, error) {
 	config := clientv3.Config{Endpoints: c.Endpoints(), DialTimeout: 5 * time.Second, Logger: zap.NewNop()}
 	if password := c.passwordOf(user); password != "" {
@@ -110,10 +113,10 @@ func (c *Cluster) passwordOf(user string) string {
 	return ""
 }
 
-// Certificate issues a certificate for a client, which is valid from now on for this long. Its common
-// name is what etcd takes for the name of a user without a password. To rotate a client's certificate
-// return it from the GetClientCertificate of the client's tls.Config. It is an error that the cluster
-// has no TLS.
+// Certificate issues a certificate for a client, which is valid from now on for this long. Its
+// common name is what etcd takes for the name of a user without a password. To rotate a client's
+// certificate return it from the GetClientCertificate of the client's tls.Config. It is an error
+// that the cluster has no TLS.
 func (c *Cluster) Certificate(name string, validity time.Duration) (tls.Certificate, error) {
 	if c.authority == nil {
 		return tls.Certificate{}, errors.New("etcdtest: the cluster has no TLS")
@@ -125,8 +128,8 @@ func (c *Cluster) Certificate(name string, validity time.Duration) (tls.Certific
 	return certificate, nil
 }
 
-// RotateCertificates gives all members new certificates of the same authority, as an operator does who
-// replaces their files: connections that stand are kept, and new ones are served with the new
+// RotateCertificates gives all members new certificates of the same authority, as an operator does
+// who replaces their files: connections that stand are kept, and new ones are served with the new
 // certificates. It is an error that the cluster has no TLS, or that a file cannot be written.
 func (c *Cluster) RotateCertificates() error {
 	return c.takeTurn(func() error {

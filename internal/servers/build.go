@@ -8,8 +8,8 @@ import (
 	"path/filepath"
 )
 
-// build returns the program of a version of etcd. It is built once: `go install` refuses etcd's modules,
-// whose go.mod files have replace directives, so a module of its own requires them.
+// build returns the program of a version of etcd. It is built once: `go install` refuses etcd's
+// modules, whose go.mod files have replace directives, so a module of its own requires them.
 func build(ctx context.Context, version string) (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {

@@ -23,8 +23,8 @@ const (
 	catchUp = 20 * time.Second
 )
 
-// load is what uses the cluster: workers that increment a counter under a lock and log each increment,
-// a lease, a watch of the counter and a reader of the log.
+// load is what uses the cluster: workers that increment a counter under a lock and log each
+// increment, a lease, a watch of the counter and a reader of the log.
 type load struct {
 	clients []*clientv3.Client
 	lease   *etcdutil.Lease
@@ -96,8 +96,8 @@ func (l *load) close() {
 	}
 }
 
-// work increments the counter under the lock, again and again. A lock that is lost is no failure, but is
-// counted.
+// work increments the counter under the lock, again and again. A lock that is lost is no failure,
+// but is counted.
 func (l *load) work(ctx context.Context, client *clientv3.Client, stopping <-chan struct{}) error {
 	for {
 		select {
@@ -152,7 +152,8 @@ func (l *load) increment(ctx context.Context, client *clientv3.Client, lock *etc
 	return writer.Close()
 }
 
-// followCounter requires that a watch sends each increment once and in order, until it sees the end.
+// followCounter requires that a watch sends each increment once and in order, until it sees the
+// end.
 func (l *load) followCounter(ctx context.Context) error {
 	watcher, err := etcdutil.Watch[int64](ctx, l.last(), counterKey, etcdutil.WithRevision(1))
 	if err != nil {
