@@ -56,11 +56,19 @@ func (o codecOption) applyRegister(c *registerConfig) { c.codec = o.codec }
 // WithCodec sets how values are decoded and encoded; default [JSON]. nil is refused.
 func WithCodec(c Codec) CodecOption { return codecOption{c} }
 
-// decode returns the zero value with an error: half a value is none.
-func decode[T any](codec Codec, data []byte) (T, error) {
-	var v, zero T
+// decode returns the zero value with an error, which is ErrInvalidValue and wraps the codec's. A codec that panics returns an
+// error, too.
+func decode[T any](codec Codec, data []byte) (v T, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: the codec panicked: %v", ErrInvalidValue, r)
+		}
+		if err != nil {
+			v = *new(T)
+		}
+	}()
 	if err := codec.Unmarshal(data, &v); err != nil {
-		return zero, err
+		return v, fmt.Errorf("%w: %w", ErrInvalidValue, err)
 	}
 	return v, nil
 }

@@ -46,19 +46,24 @@ func keepDialing(client *clientv3.Client) (stop func()) {
 	return r.detach
 }
 
-// dial ends gRPC's backoff. It runs as the timer's goroutine. It waits until every endpoint has
-// failed: ResetConnectBackoff reads gRPC's map of connections without a lock, while gRPC fills that
-// map when it begins to connect, which crashes the process.
+// dial ends gRPC's backoff. It runs as the timer's goroutine.
 func (r *redialer) dial() {
 	redialers.Lock()
 	defer redialers.Unlock()
 	if r.refs == 0 {
 		return
 	}
-	if conn := r.client.ActiveConnection(); conn.GetState() == connectivity.TransientFailure {
+	redial(r.client)
+	r.timer.Reset(redialInterval)
+}
+
+// redial ends gRPC's backoff. It waits until every endpoint has failed: ResetConnectBackoff reads
+// gRPC's map of connections without a lock, while gRPC fills that map when it begins to connect, which
+// crashes the process.
+func redial(client *clientv3.Client) {
+	if conn := client.ActiveConnection(); conn.GetState() == connectivity.TransientFailure {
 		conn.ResetConnectBackoff()
 	}
-	r.timer.Reset(redialInterval)
 }
 
 func (r *redialer) detach() {

@@ -107,6 +107,7 @@
 //	WithAcquireTimeout            x
 //	WithCodec                            x       x       x              x        x
 //	WithEveryEntry                               x
+//	WithEntriesAfter                             x
 //	WithPrefix                                           x              x
 //	WithPrev                                             x      x
 //	WithRevision                                         x

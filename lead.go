@@ -493,7 +493,7 @@ func (f *holderFeed) follow(ctx context.Context) error {
 
 // restoreTime is less than it takes to restore etcd. A watch that stands sooner continues the
 // history that was looked at.
-const restoreTime = 250 * time.Millisecond
+const restoreTime = time.Second
 
 // recheck returns ErrGap if the last look is out of date.
 func (f *holderFeed) recheck(ctx context.Context) error {

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -17,7 +18,14 @@ type LogOption interface{ applyLog(*logConfig) }
 
 type logConfig struct {
 	watchConfig
-	every *Revision // nil: the latest entry alone
+	every *Revision  // nil: only the latest entry
+	after *entryMark // every entry after this one
+}
+
+// entryMark says where a reader stopped.
+type entryMark struct {
+	version  int64
+	revision Revision
 }
 
 type logOption func(*logConfig)
@@ -34,17 +42,30 @@ func WithEveryEntry(from Revision) LogOption {
 	return logOption(func(c *logConfig) { c.every = &from })
 }
 
+// WithEntriesAfter makes a reader read every entry after the one of this version, in order. revision is where a reader
+// stopped: that of the entry, or what [LogReader.Revision] returned when the entry was the last one read. Version 0 is for a
+// reader that has read none. The reader ends with ErrGap if entries after that one are missing, and not because etcd has
+// compacted the revision: a log to which nothing was written is read on across compaction. A negative version or revision is
+// refused, and so is the option beside [WithEveryEntry], or for a writer.
+func WithEntriesAfter(version int64, revision Revision) LogOption {
+	return logOption(func(c *logConfig) { c.after = &entryMark{version, revision} })
+}
+
 func (c *logConfig) validate(name string) error {
 	if err := validateName(name); err != nil {
 		return err
 	}
-	if c.every != nil {
-		if *c.every < 0 {
-			return fmt.Errorf("etcdutil: WithEveryEntry is negative: %d", *c.every)
-		}
+	switch {
+	case c.every != nil && c.after != nil:
+		return errors.New("etcdutil: WithEntriesAfter cannot be combined with WithEveryEntry")
+	case c.every != nil && *c.every < 0:
+		return fmt.Errorf("etcdutil: WithEveryEntry is negative: %d", *c.every)
+	case c.every != nil:
 		c.from = *c.every
+	case c.after != nil && (c.after.version < 0 || c.after.revision < 0):
+		return fmt.Errorf("etcdutil: WithEntriesAfter is negative: version %d, revision %d", c.after.version, c.after.revision)
 	}
-	c.snapshot = c.every == nil
+	c.snapshot = c.every == nil && c.after == nil
 	return c.watchConfig.validate(name)
 }
 
@@ -119,6 +140,8 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 		return nil, err
 	case c.every != nil:
 		return nil, errorf("WithEveryEntry is for readers")
+	case c.after != nil:
+		return nil, errorf("WithEntriesAfter is for readers")
 	case name == lock.Key():
 		return nil, errorf("name is the lock's own key %q", name)
 	}
@@ -343,21 +366,25 @@ func (w *LogWriter[T]) Close() error {
 	return w.lost
 }
 
-// LogReader reads a log. It is a context.Context: Done closes when the reader has ended, and context.Cause says why.
+// LogReader reads a log. Call Read, or range over All, and Close it when it is no longer needed.
 //
-// All methods are safe for concurrent use: each entry is read once.
+// It is a context.Context: Done is closed when the reader has ended, and context.Cause reports why. All methods are safe for
+// concurrent use: each entry is read once.
 type LogReader[T any] struct {
 	*lifetime // the watcher's
 	watcher   *Watcher[T]
-	latest    *Receiver[Event[T]] // nil if every entry is read
+	latest    *latestEntry[T] // nil if every entry is read
+	next      func(ctx context.Context) (Event[T], error)
 }
 
 // NewLogReader makes a reader of the log of this name, which may not exist yet. ctx is the reader's parent. It reads the
 // current entry first, if there is one, and then the latest unread, so that entries are skipped if it is slower than the
-// writer; or every entry, see [WithEveryEntry].
+// writer. [WithEveryEntry] and [WithEntriesAfter] make it read every entry.
 //
-// Errors: ErrInvalidName; what etcd answered, when [RetryPolicy] has given up, which counts for this call alone: later
-// the reader resumes for as long as it takes. See [Watch], which it is made of, for what ends it.
+// It returns what etcd answered, when [RetryPolicy] has given up. The policy counts for this call. Later the reader resumes for
+// as long as it takes. See [Watch], which it is made of, for what ends it.
+//   - [ErrInvalidName] if the name is invalid
+//   - [ErrGap] if entries are missing, or if the revision is more than one past etcd's
 func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name string, opts ...LogOption) (*LogReader[T], error) {
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
@@ -375,47 +402,207 @@ func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name stri
 		return nil, errorf("read log %q: %w", name, err)
 	}
 	r := &LogReader[T]{lifetime: &w.lifetime, watcher: w}
-	if c.every == nil {
-		r.latest = latest(w)
+	r.next = r.nextEvent
+	if c.snapshot {
+		r.latest = newLatestEntry(w)
+		r.next = r.nextLatest
 	}
 	return r, nil
 }
 
 func watchLog[T any](ctx context.Context, name string, c *logConfig) (*Watcher[T], error) {
-	if c.every != nil && *c.every == 0 {
-		resp, err := retryRead(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
-			return c.client.Get(ctx, name, clientv3.WithKeysOnly())
-		})
-		if err != nil {
-			return nil, err
-		}
-		c.from = resp.Header.Revision + 1
-		if entry := first(resp.Kvs); entry != nil {
-			c.from = entry.CreateRevision
-		}
+	var err error
+	switch {
+	case c.after != nil:
+		err = c.resolveAfter(ctx, name)
+	case c.every != nil && *c.every == 0:
+		err = c.resolveFirst(ctx, name)
+	}
+	if err != nil {
+		return nil, err
 	}
 	return newWatcher[T](ctx, name, &c.watchConfig)
 }
 
-// latest keeps the latest entry that a watcher has told.
-func latest[T any](w *Watcher[T]) *Receiver[Event[T]] {
-	n := NewNotify[Event[T]](context.WithoutCancel(w.ctx))
-	w.pumping.Go(func() { // until the watcher ends
-		for e := range w.Events() {
-			if e.Type == EventPut || e.Type == EventInvalid {
-				_ = n.Send(e)
-			}
-		}
-		_ = n.Close()
-	})
-	return n.Receiver()
+// resolveFirst begins with the first entry of the log as it is.
+func (c *logConfig) resolveFirst(ctx context.Context, name string) error {
+	resp, err := c.readAt(ctx, name, 0)
+	if err != nil {
+		return err
+	}
+	c.from = resp.Header.Revision + 1
+	if entry := first(resp.Kvs); entry != nil {
+		c.from = entry.CreateRevision
+	}
+	return nil
 }
 
-// Read returns the next entry, and waits for it. That the log was deleted is not told.
+// resolveAfter begins after an entry.
+func (c *logConfig) resolveAfter(ctx context.Context, name string) error {
+	resp, err := c.readAt(ctx, name, c.after.revision)
+	if c.after.revision == 0 || errors.Is(err, rpctypes.ErrCompacted) {
+		return c.resolveCompacted(ctx, name)
+	}
+	switch {
+	case errors.Is(err, rpctypes.ErrFutureRev):
+		return fmt.Errorf("%w: after revision %d, which is past etcd's", ErrGap, c.after.revision)
+	case err != nil:
+		return err
+	}
+	if entry := first(resp.Kvs); entry != nil && entry.Version != c.after.version {
+		return fmt.Errorf("%w: at revision %d the log was at version %d", ErrGap, c.after.revision, entry.Version)
+	}
+	c.from = c.after.revision + 1
+	return nil
+}
+
+// resolveCompacted begins after an entry whose revision etcd has compacted.
+func (c *logConfig) resolveCompacted(ctx context.Context, name string) error {
+	now, err := c.readAt(ctx, name, 0)
+	if err != nil {
+		return err
+	}
+	if now.Header.Revision < c.after.revision {
+		return fmt.Errorf("%w: after revision %d, which is past etcd's", ErrGap, c.after.revision)
+	}
+	entry := first(now.Kvs)
+	if c.continues(entry, 0) {
+		c.from = now.Header.Revision + 1
+		return nil
+	}
+	if entry == nil {
+		return fmt.Errorf("%w: the log was deleted after version %d", ErrGap, c.after.version)
+	}
+	at, err := c.compactRevision(ctx, name)
+	if err != nil {
+		return err
+	}
+	then, err := c.readAt(ctx, name, at)
+	if err != nil {
+		return err
+	}
+	switch entry := first(then.Kvs); {
+	case c.continues(entry, 0):
+	case c.continues(entry, 1): // etcd keeps it as of then
+		c.head = entry
+		c.headFrom = c.after.revision
+	default:
+		return fmt.Errorf("%w: entries after version %d were compacted", ErrGap, c.after.version)
+	}
+	c.from = at + 1
+	return nil
+}
+
+// continues reports whether entry, nil if there is none, is so many entries after the one to read after.
+func (c *logConfig) continues(entry *mvccpb.KeyValue, entries int64) bool {
+	version := c.after.version + entries
+	if entry == nil || version == 0 {
+		return entry == nil && version == 0
+	}
+	created := entry.CreateRevision <= c.after.revision || c.after.version == 0
+	return created && entry.Version == version && (entry.ModRevision <= c.after.revision) == (entries == 0)
+}
+
+// readAt reads the log as of a revision, 0 is now.
+func (c *logConfig) readAt(ctx context.Context, name string, at Revision) (*clientv3.GetResponse, error) {
+	return retryRead(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return c.client.Get(ctx, name, clientv3.WithRev(at))
+	})
+}
+
+// compactRevision returns the revision that etcd was compacted at. Only a watch is told.
+func (c *logConfig) compactRevision(ctx context.Context, name string) (Revision, error) {
+	return retryRead(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (Revision, error) {
+		ctx, cancel := context.WithCancel(ownStreamContext(clientv3.WithRequireLeader(ctx)))
+		defer cancel()
+		for resp := range c.client.Watcher.Watch(ctx, name, clientv3.WithRev(max(c.after.revision, 1)), clientv3.WithFilterPut()) {
+			if resp.CompactRevision != 0 {
+				return resp.CompactRevision, nil
+			}
+			if err := resp.Err(); err != nil {
+				return 0, err
+			}
+		}
+		return 0, contextError(ctx)
+	})
+}
+
+// latestEntry keeps the latest entry that a watcher has sent.
+type latestEntry[T any] struct {
+	watcher  *Watcher[T]
+	notify   *Notify[Event[T]]
+	receiver *Receiver[Event[T]]
+	asks     chan chan Revision
+	done     chan struct{}
+
+	mu         sync.Mutex
+	sent, read Revision // of the latest entry, and of the latest that was read
+}
+
+func newLatestEntry[T any](w *Watcher[T]) *latestEntry[T] {
+	l := &latestEntry[T]{
+		watcher: w,
+		notify:  NewNotify[Event[T]](context.WithoutCancel(w.ctx)),
+		asks:    make(chan chan Revision),
+		done:    make(chan struct{}),
+	}
+	l.receiver = l.notify.Receiver()
+	go l.run() // until the watcher ends
+	return l
+}
+
+func (l *latestEntry[T]) run() {
+	defer close(l.done)
+	for {
+		select {
+		case e, ok := <-l.watcher.Events():
+			if !ok {
+				_ = l.notify.Close()
+				return
+			}
+			if e.Type == EventPut || e.Type == EventInvalid {
+				l.mark(&l.sent, e.Revision)
+				_ = l.notify.Send(e)
+			}
+		case answer := <-l.asks: // no event is between the watcher and the Notify now
+			answer <- l.upTo()
+		}
+	}
+}
+
+func (l *latestEntry[T]) mark(revision *Revision, rev Revision) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	*revision = rev
+}
+
+func (l *latestEntry[T]) upTo() Revision {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.sent > l.read {
+		return l.sent - 1
+	}
+	return l.watcher.Revision()
+}
+
+func (l *latestEntry[T]) revision() Revision {
+	answer := make(chan Revision, 1)
+	select {
+	case l.asks <- answer:
+		return <-answer
+	case <-l.done:
+		return l.upTo()
+	}
+}
+
+// Read returns the next entry, and waits for it. It does not report that the log was deleted.
 //
-// An entry that does not decode is an error, together with the entry's version and revision; the next Read goes on. Once
-// the reader has ended the error is its cause: ErrGap after the last entry before the gap, ErrClosed, or the parent's end.
-// ctx bounds this call alone: its end gives an error that Is ctx.Err() and context.Cause(ctx), and after it nothing is read.
+// An entry that does not decode is an error, together with the entry's version and revision. The next Read goes on. ctx
+// bounds this call: after its end nothing is read.
+//   - [ErrInvalidValue] if the entry does not decode; it wraps the codec's error
+//   - [ErrGap] after the last entry before a gap
+//   - [ErrClosed] after Close
+//   - ctx's error and its cause, when ctx or the reader's parent has ended
 func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -443,22 +630,30 @@ func (r *LogReader[T]) event(ctx context.Context) (Event[T], error) {
 		return Event[T]{}, ErrClosed
 	case ctx.Err() != nil:
 		return Event[T]{}, contextError(ctx)
-	case r.latest != nil:
-		e, err := r.latest.Recv(ctx)
-		switch {
-		case err != nil && ctx.Err() != nil:
-			err = contextError(ctx)
-		case err != nil:
-			err = r.over()
-		}
-		return e, err
 	}
+	return r.next(ctx)
+}
+
+func (r *LogReader[T]) nextLatest(ctx context.Context) (Event[T], error) {
+	e, err := r.latest.receiver.Recv(ctx)
+	switch {
+	case err == nil:
+		r.latest.mark(&r.latest.read, e.Revision)
+	case ctx.Err() != nil:
+		err = contextError(ctx)
+	default:
+		err = r.endCause()
+	}
+	return e, err
+}
+
+func (r *LogReader[T]) nextEvent(ctx context.Context) (Event[T], error) {
 	for {
 		select {
 		case e, ok := <-r.watcher.Events():
 			switch {
 			case !ok:
-				return e, r.over()
+				return e, r.endCause()
 			case e.Type == EventPut, e.Type == EventInvalid:
 				return e, nil
 			}
@@ -468,16 +663,16 @@ func (r *LogReader[T]) event(ctx context.Context) (Event[T], error) {
 	}
 }
 
-// over is why the reader has ended.
-func (r *LogReader[T]) over() error {
+// endCause is why the reader has ended.
+func (r *LogReader[T]) endCause() error {
 	if cause := context.Cause(r.stopCtx); cause != nil {
 		return cause
 	}
 	return contextError(r)
 }
 
-// All reads on and on. It ends when the loop is left, on Close and with the reader's parent, and else after an error, which
-// it yields; one entry that does not decode is yielded as an error and does not end it.
+// All iterates over the entries until Close, the parent's end, or an error, which it yields. An entry that does not decode is
+// yielded as an error and does not end it.
 func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		for {
@@ -495,6 +690,21 @@ func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
 	}
 }
 
-// Close ends the reader with ErrClosed. It returns nil, or the cause if the reader had ended before by itself; so do further
+// Revision returns R such that every entry up to R was read, or skipped for a later one. It moves on although nothing is
+// written. Resume with WithEntriesAfter and the version of the last entry that was read.
+func (r *LogReader[T]) Revision() Revision {
+	if r.latest != nil {
+		return r.latest.revision()
+	}
+	return r.watcher.Revision()
+}
+
+// Close ends the reader with ErrClosed. It returns nil, or the cause if the reader had ended before by itself. So do further
 // calls.
-func (r *LogReader[T]) Close() error { return r.watcher.Close() }
+func (r *LogReader[T]) Close() error {
+	err := r.watcher.Close()
+	if r.latest != nil && r.watcher.hasStopped() {
+		<-r.latest.done
+	}
+	return err
+}

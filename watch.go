@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -16,14 +17,15 @@ import (
 // All methods are safe for concurrent use.
 type Watcher[T any] struct {
 	lifetime
-	feed     *feed
-	codec    Codec
-	events   chan Event[T]
-	revision chan Revision // offered whenever it may have changed
-	pumping  sync.WaitGroup
-	stopped  chan struct{} // closed after last is set
-	last     Revision
-	decode   func(kv *mvccpb.KeyValue) (T, error) // nil: by the codec
+	queue     *queue
+	reflector *reflector // nil if something else fills the queue
+	feeding   sync.WaitGroup
+	codec     Codec
+	decode    func(kv *mvccpb.KeyValue) (T, error) // nil: by the codec
+	events    chan Event[T]
+	revision  chan Revision // offered whenever it may have changed
+	stopped   chan struct{} // closed after last is set
+	last      Revision
 }
 
 // EventType says what an [Event] is.
@@ -75,6 +77,8 @@ type Event[T any] struct {
 	Prev *T
 	// Version is 1 when the key was created and grows by one with each change; 0 in EventDelete and EventSynced.
 	Version int64
+	// CreateRevision is the store's revision when the key was created; 0 in EventDelete and EventSynced.
+	CreateRevision Revision
 	// Revision is the store's when the change was made, and all changes of one transaction have the same. A deletion that
 	// was found out by listing has the list's.
 	Revision Revision
@@ -101,7 +105,10 @@ type watchConfig struct {
 	snapshot bool
 	from     Revision // 0: from now on
 
-	relists bool // every list is sent whole, after eventListing, so that the feed keeps nothing of what it has sent
+	head     *mvccpb.KeyValue // what comes before from
+	headFrom Revision         // up to where everything was received before head
+
+	relists bool // every list is sent whole, after eventListing, so that nothing is kept of what was sent
 	reports bool // eventProgress is sent
 }
 
@@ -136,7 +143,7 @@ func WithSnapshot() WatchOption {
 
 func (c *watchConfig) validate(key string) error {
 	switch {
-	case key == "":
+	case key == "" && !c.prefix:
 		return errors.New("etcdutil: key is empty")
 	case c.codec == nil:
 		return errors.New("etcdutil: WithCodec: the codec is nil")
@@ -188,113 +195,146 @@ func newWatcher[T any](ctx context.Context, key string, c *watchConfig) (*Watche
 
 // newWatcherOf is newWatcher with a function that decodes whole keys, unless it is nil.
 func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode func(kv *mvccpb.KeyValue) (T, error)) (*Watcher[T], error) {
-	w := &Watcher[T]{
-		decode:   decode,
-		codec:    c.codec,
-		events:   make(chan Event[T]),
-		revision: make(chan Revision),
-		stopped:  make(chan struct{}),
-	}
-	w.init(ctx)
-	w.feed = newFeed(w.ctx, key, c)
-	err := w.feed.begin(&c.config)
-	if err == nil {
-		w.pumping.Go(w.feed.run) // until the context ends, or the feed for good
-		err = w.feed.awaitStanding(&c.config)
-	}
-	if err != nil {
+	w := makeWatcher(ctx, decode)
+	w.codec = c.codec
+	w.queue.reports = c.reports
+	w.reflector = newReflector(w.ctx, key, c, w.queue)
+	if err := w.reflector.begin(); err != nil {
 		w.shutdown(err)
-		w.pumping.Wait()
+		w.reflector.close()
 		return nil, err
 	}
-	go w.deliver(w.feed.start) // until the context ends, or the feed's end is delivered
+	from := w.reflector.start
+	if c.head != nil {
+		from = c.headFrom
+	}
+	w.queue.begin(from)
+	go w.deliver(from) // until the context ends, or the reflector's end is delivered
 	return w, nil
 }
 
-// newFedWatcher returns a Watcher, whose parent is ctx, that delivers what run pushes to its queue.
-// run returns when its context ends, or after it has pushed an end.
+// newFedWatcher returns a Watcher, whose parent is ctx, that delivers what run pushes to its queue. run returns when its
+// context ends, or after it has pushed an end.
 func newFedWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error), run func(ctx context.Context, q *queue)) *Watcher[T] {
-	w := &Watcher[T]{
-		decode:   decode,
-		feed:     &feed{queue: newQueue()},
-		events:   make(chan Event[T]),
-		revision: make(chan Revision),
-		stopped:  make(chan struct{}),
-	}
-	w.init(ctx)
-	w.pumping.Go(func() { run(w.ctx, w.feed.queue) })
+	w := makeWatcher(ctx, decode)
+	w.feeding.Go(func() { run(w.ctx, w.queue) })
 	go w.deliver(0) // until the context ends, or the end is delivered
 	return w
 }
 
-// Events is where the events come from. It is closed when the watcher has ended, at once if it was closed or its parent
-// ended, else after the last event: context.Cause(w) then says why, and is never nil.
+func makeWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error)) *Watcher[T] {
+	w := &Watcher[T]{
+		queue:    newQueue(),
+		decode:   decode,
+		events:   make(chan Event[T]),
+		revision: make(chan Revision),
+		stopped:  make(chan struct{}),
+	}
+	w.init(ctx)
+	return w
+}
+
+// Events returns the channel of the events. It is closed when the watcher has ended: at once if it was closed or its parent
+// ended, else after the last event. context.Cause(w) then reports why, and is never nil.
 func (w *Watcher[T]) Events() <-chan Event[T] { return w.events }
 
-// Revision is such that everything up to it has been received from Events. [WithRevision] of the next one goes on from there, and
-// tells again what was received of a transaction that had not been received to its end. It moves on though nothing changes.
-// With a snapshot it is 0 before the first EventSynced.
+// Revision returns R such that every event up to R was received. Resume with WithRevision(R+1): that repeats what was
+// received of a transaction that was not received to its end. R moves on although nothing changes. With a snapshot it is 0
+// before the first EventSynced.
 func (w *Watcher[T]) Revision() Revision {
-	select {
-	case rev := <-w.revision:
-		return rev
-	case <-w.stopped:
-		return w.last
+	queue := w.queue
+	for {
+		if rev, settled := queue.settled(); settled {
+			return rev
+		}
+		select {
+		case rev := <-w.revision:
+			if rev != lookAgain {
+				return rev
+			}
+		case <-w.stopped:
+			return w.last
+		}
 	}
 }
 
-// askProgress asks etcd now how far the watch has come. It never blocks, and the answer may fail to come.
-func (w *Watcher[T]) askProgress() { w.feed.askProgress() }
+// lookAgain is offered as the revision when everything was received.
+const lookAgain = -1
 
-// Close ends the watcher with ErrClosed. It returns nil, or the cause if the watcher had ended before by itself; so do
-// further calls.
+// Close ends the watcher with ErrClosed. It returns nil, or the cause if the watcher had ended before by itself. So do
+// further calls. It does not wait for a codec for longer than 5 s.
 func (w *Watcher[T]) Close() error {
 	w.shutdown(ErrClosed)
-	<-w.stopped
-	w.pumping.Wait()
+	timeout := time.NewTimer(maxClosing)
+	defer timeout.Stop()
+	select {
+	case <-w.stopped:
+		w.feeding.Wait()
+	case <-timeout.C:
+	}
 	if cause := context.Cause(w.stopCtx); cause != ErrClosed {
 		return cause
 	}
 	return nil
 }
 
-// deliver hands over what the feed has queued. Nothing but Events' reader keeps it waiting, so that it always knows what has
-// been received.
+func (w *Watcher[T]) hasStopped() bool {
+	select {
+	case <-w.stopped:
+		return true
+	default:
+		return false
+	}
+}
+
+// deliver hands over what the reflector has queued. Only the reader of Events keeps it waiting, and the codec, so that it
+// always has the exact revision.
 func (w *Watcher[T]) deliver(rev Revision) {
+	queue := w.queue
 	defer func() {
-		w.last = rev
+		if w.reflector != nil {
+			w.reflector.close()
+		}
+		w.last = queue.end(rev)
 		close(w.stopped)
 		close(w.events)
 	}()
 	for {
-		batch := w.feed.queue.take()
+		batch, upTo, wasFull := queue.take(rev)
+		rev = upTo
+		if wasFull && w.reflector != nil {
+			w.reflector.drained()
+		}
 		for i, c := range batch {
 			batch[i] = change{} // received values are not kept
 			if c.end != nil {
 				w.shutdown(c.end)
 				return
 			}
-			if c.kind == 0 && w.feed.reports {
+			if c.kind == 0 && queue.reports {
 				c.kind = eventProgress
 			}
-			if c.kind != 0 && !w.hand(w.event(c), rev) {
+			if c.kind != 0 && !w.send(w.event(c, rev), rev) {
 				return
 			}
 			if c.upTo != 0 {
 				rev = c.upTo
 			}
 		}
+		if len(batch) > 0 {
+			continue
+		}
 		select {
-		case <-w.feed.queue.filled:
-		case w.revision <- rev:
+		case <-queue.filled:
+		case w.revision <- lookAgain:
 		case <-w.ctx.Done():
 			return
 		}
 	}
 }
 
-// hand hands over an event. It reports whether it was received.
-func (w *Watcher[T]) hand(e Event[T], rev Revision) bool {
+// send hands over an event. It reports whether the event was received.
+func (w *Watcher[T]) send(e Event[T], rev Revision) bool {
 	for {
 		select {
 		case w.events <- e:
@@ -306,12 +346,14 @@ func (w *Watcher[T]) hand(e Event[T], rev Revision) bool {
 	}
 }
 
-func (w *Watcher[T]) event(c change) Event[T] {
+func (w *Watcher[T]) event(c change, rev Revision) Event[T] {
 	e := Event[T]{Type: c.kind, Revision: c.upTo}
 	if c.kv == nil {
 		return e
 	}
-	e.Key, e.Version, e.Revision = string(c.kv.Key), c.kv.Version, c.kv.ModRevision
+	e.Key, e.Version, e.Revision, e.CreateRevision = string(c.kv.Key), c.kv.Version, c.kv.ModRevision, c.kv.CreateRevision
+	w.queue.decoding(rev) // the codec is the user's: it may block, or ask for the revision
+	defer w.queue.decoded()
 	if c.prev != nil {
 		if prev, err := w.valueOf(c.prev); err == nil {
 			e.Prev = &prev
@@ -332,7 +374,10 @@ func (w *Watcher[T]) valueOf(kv *mvccpb.KeyValue) (T, error) {
 	return decode[T](w.codec, kv.Value)
 }
 
-// change is what a feed has for its watcher: an event, how far the feed has come, or its end.
+// askProgress asks etcd now how far the watch has come. It never blocks, and the answer may fail to come.
+func (w *Watcher[T]) askProgress() { w.reflector.source.askProgress(&w.reflector.sub) }
+
+// change is what a reflector has for its watcher: an event, how far the reflector has come, or its end.
 type change struct {
 	kind EventType // 0: no event
 	kv   *mvccpb.KeyValue
@@ -353,62 +398,123 @@ func (c change) size() int {
 	return size
 }
 
-// maxAhead is after how many bytes a feed no longer reads ahead of its watcher, who may hold as many again.
-const maxAhead = 4 << 20
+// maxBuffered is after how many bytes a reflector no longer reads ahead of its watcher, who may hold as many again.
+const maxBuffered = 4 << 20
 
 // queue is what is read ahead.
 type queue struct {
-	filled chan struct{} // after a push
-	taken  chan struct{} // after a take
+	filled  chan struct{} // after a push
+	taken   chan struct{} // after a take
+	reports bool          // the watcher wants to get how far the watch has come
 
 	mu      sync.Mutex
 	changes []change
 	bytes   int
+	full    bool
+	upTo    Revision // when nothing is queued and inHand is false, everything up to here was received
+	inHand  bool     // what was taken may not have been received yet
+	held    bool     // the codec is at work, so that nothing is being received; upTo is exact
 }
 
 func newQueue() *queue {
 	return &queue{filled: make(chan struct{}, 1), taken: make(chan struct{}, 1)}
 }
 
+// begin records where the watch begins.
+func (q *queue) begin(upTo Revision) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.upTo = upTo
+}
+
 // push reports whether there is room for more.
 func (q *queue) push(changes ...change) (room bool) {
+	if len(changes) == 0 {
+		return true
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, c := range changes {
-		q.add(c)
+		if last := len(q.changes) - 1; c.kind == 0 && c.end == nil && last >= 0 {
+			q.changes[last].upTo = c.upTo
+			continue
+		}
+		q.changes = append(q.changes, c)
+		q.bytes += c.size()
 	}
 	wake(q.filled)
-	return q.bytes < maxAhead
+	q.full = q.full || q.bytes >= maxBuffered
+	return !q.full
 }
 
-// add joins the news that nothing happened up to a revision to what is queued before it.
-func (q *queue) add(c change) {
-	if last := len(q.changes) - 1; c.kind == 0 && c.end == nil && last >= 0 {
-		q.changes[last].upTo = c.upTo
-		return
-	}
-	q.changes = append(q.changes, c)
-	q.bytes += c.size()
-}
-
-func (q *queue) take() []change {
+// pass records that nothing happened up to a revision. Nobody is woken for that, unless the watcher wants reports.
+func (q *queue) pass(upTo Revision) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	changes := q.changes
-	q.changes, q.bytes = nil, 0
-	wake(q.taken)
-	return changes
+	switch last := len(q.changes) - 1; {
+	case last >= 0:
+		q.changes[last].upTo = max(q.changes[last].upTo, upTo)
+	case q.inHand || q.reports:
+		q.changes = append(q.changes, change{upTo: upTo})
+		wake(q.filled)
+	default:
+		q.upTo = max(q.upTo, upTo)
+	}
 }
 
-// awaitRoom waits until nothing is queued. It reports whether that is so.
-func (q *queue) awaitRoom(ctx context.Context) bool {
+// take takes what is queued, after everything up to rev was received. It returns up to where everything was, and whether
+// the queue was full.
+func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.inHand {
+		q.upTo = rev
+	}
+	changes, wasFull = q.changes, q.full
+	q.changes, q.bytes, q.full = nil, 0, false
+	q.inHand = len(changes) > 0
+	wake(q.taken)
+	return changes, q.upTo, wasFull
+}
+
+// settled returns up to where everything was received, if that is certain.
+func (q *queue) settled() (upTo Revision, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.upTo, q.held || !q.inHand && len(q.changes) == 0
+}
+
+func (q *queue) decoding(rev Revision) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.upTo, q.held = rev, true
+}
+
+func (q *queue) decoded() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.held = false
+}
+
+// end returns up to where everything was received, rev or more. Then it holds for good.
+func (q *queue) end(rev Revision) Revision {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.inHand {
+		rev = q.upTo
+	}
+	q.inHand, q.held = true, false
+	return rev
+}
+
+// awaitRoom waits until nothing is queued, or ctx ends.
+func (q *queue) awaitRoom(ctx context.Context) {
 	for !q.empty() && ctx.Err() == nil {
 		select {
 		case <-q.taken:
 		case <-ctx.Done():
 		}
 	}
-	return ctx.Err() == nil
 }
 
 func (q *queue) empty() bool {

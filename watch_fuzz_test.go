@@ -43,10 +43,10 @@ type record struct {
 
 func decodes[T any](t *testing.T, codec Codec, value, prev []byte) Event[T] {
 	t.Helper()
-	w := &Watcher[T]{codec: codec}
+	w := &Watcher[T]{codec: codec, queue: newQueue()}
 	value, given := bytes.Clone(value), bytes.Clone(value)
 	kv := &mvccpb.KeyValue{Key: []byte("key"), Value: value, ModRevision: 7, Version: 3}
-	e := w.event(change{kind: EventPut, kv: kv, prev: &mvccpb.KeyValue{Key: []byte("key"), Value: prev}, upTo: 9})
+	e := w.event(change{kind: EventPut, kv: kv, prev: &mvccpb.KeyValue{Key: []byte("key"), Value: prev}, upTo: 9}, 6)
 	require.Equal(t, "key", e.Key)
 	require.EqualValues(t, 7, e.Revision)
 	require.EqualValues(t, 3, e.Version)
@@ -75,7 +75,7 @@ func decodes[T any](t *testing.T, codec Codec, value, prev []byte) Event[T] {
 	return e
 }
 
-// FuzzResync drives a view through a random history of an etcd: it is followed, lost and found again by lists in pages, of
+// FuzzResync drives a snapshot through a random history of an etcd: it is followed, lost and found again by lists in pages, of
 // which some are given up midway, and it is restored from backups. The reader is told each change and no other.
 func FuzzResync(f *testing.F) {
 	f.Add(uint64(1), []byte("pppdlpppcplrpplddplbprpl"))
@@ -92,7 +92,7 @@ func FuzzResync(f *testing.F) {
 	f.Fuzz(func(t *testing.T, seed uint64, steps []byte) {
 		for _, values := range []bool{false, true} {
 			h := &history{
-				t: t, random: rand.New(rand.NewPCG(seed, 1)), view: newView(values, true), values: values,
+				t: t, random: rand.New(rand.NewPCG(seed, 1)), snapshot: newSnapshot(values, true), values: values,
 				revision: 1, kvs: map[string]*mvccpb.KeyValue{}, reader: map[string]known{},
 			}
 			h.list()
@@ -111,11 +111,11 @@ type known struct {
 	rev   Revision
 }
 
-// history is an etcd, and a reader of what a view tells of it.
+// history is an etcd, and a reader of what a snapshot sends of it.
 type history struct {
 	t        *testing.T
 	random   *rand.Rand
-	view     *view
+	snapshot *snapshot
 	values   bool
 	revision Revision
 	kvs      map[string]*mvccpb.KeyValue
@@ -157,7 +157,7 @@ func (h *history) put() {
 	}
 	h.kvs[key] = kv
 	if !h.lost {
-		h.tell(h.view.change(EventPut, kv))
+		h.tell(h.snapshot.change(EventPut, kv))
 	}
 }
 
@@ -169,14 +169,14 @@ func (h *history) delete() {
 	h.revision++
 	delete(h.kvs, key)
 	if !h.lost {
-		h.tell(h.view.change(EventDelete, &mvccpb.KeyValue{Key: []byte(key), ModRevision: h.revision}))
+		h.tell(h.snapshot.change(EventDelete, &mvccpb.KeyValue{Key: []byte(key), ModRevision: h.revision}))
 	}
 }
 
 // list lists, while etcd goes on, and follows what it did meanwhile.
 func (h *history) list() {
 	kvs, rev := h.listPages(-1)
-	for _, c := range h.view.gone(rev) {
+	for _, c := range h.snapshot.deletions(rev) {
 		require.Equal(h.t, EventDelete, c.kind)
 		require.Equal(h.t, rev, c.kv.ModRevision)
 		h.tell(c)
@@ -191,14 +191,14 @@ func (h *history) list() {
 
 // listPages lists pages of random sizes at one revision, all or so many of them.
 func (h *history) listPages(pages int) ([]*mvccpb.KeyValue, Revision) {
-	h.view.begin()
+	h.snapshot.begin()
 	var kvs []*mvccpb.KeyValue
 	for _, key := range slices.Sorted(maps.Keys(h.kvs)) {
 		kvs = append(kvs, h.kvs[key])
 	}
 	for from := 0; pages != 0 && (from == 0 || from < len(kvs)); pages-- {
 		to := min(from+1+h.random.IntN(4), len(kvs))
-		for _, c := range h.view.page(kvs[from:to]) {
+		for _, c := range h.snapshot.page(kvs[from:to]) {
 			require.Equal(h.t, EventPut, c.kind)
 			h.tell(c)
 		}
@@ -215,7 +215,7 @@ func (h *history) check() {
 	for key, kv := range h.kvs {
 		require.Equal(h.t, known{string(kv.Value), kv.ModRevision}, h.reader[key])
 	}
-	require.Len(h.t, h.view.keys, len(h.kvs))
+	require.Len(h.t, h.snapshot.keys, len(h.kvs))
 }
 
 // tell tells the reader a change.

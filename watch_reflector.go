@@ -1,588 +1,682 @@
 package etcdutil
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
+	"math"
 	"reflect"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
-	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
-	"google.golang.org/grpc/metadata"
 )
 
-// feed keeps a watch on etcd going, and queues what it sends.
-type feed struct {
+// reflector keeps a watch on etcd going, and queues what it sends. With a snapshot it lists the keys first, and again when
+// changes were missed. It has a goroutine only while it lists.
+type reflector struct {
 	watchConfig
-	ctx   context.Context
-	key   string
-	queue *queue
-	view  *view // nil without a snapshot
+	ctx     context.Context
+	key     string
+	queue   *queue
+	source  watchSource
+	sub     watchSub
+	ready   chan error     // how the watch began, once
+	listing sync.WaitGroup // for the goroutine that lists
+	began   time.Time
 
-	start   Revision         // the last that was before the watch; set before it stands
-	next    Revision         // the first that has not been queued; 0 before a watch from now on stands
-	seen    Revision         // the newest that etcd is known to have had
-	cluster uint64           // which etcd that was
-	last    *mvccpb.KeyValue // the newest change that was queued, by which its history can be told from another; nil if none
-	listing bool             // what there is has to be listed before it can be followed
-
-	patience time.Duration // with a watch that is silent
-	standing chan error    // how it began, once
-	ask      atomic.Pointer[time.Timer]
+	// The source calls one at a time what uses the rest. While the watch is parked a list uses it.
+	start    Revision  // the last revision before the watch
+	sent     *snapshot // nil without a snapshot
+	standing bool
+	past     past
+	atNext   bool // the past can only be checked at the next revision
+	attempts int  // failed in a row
+	lastErr  error
 }
 
-func newFeed(ctx context.Context, key string, c *watchConfig) *feed {
-	f := &feed{watchConfig: *c, ctx: ctx, key: key, queue: newQueue(), patience: silence, standing: make(chan error, 1)}
-	f.retry.Elapsed, f.retry.Attempts = -1, 0
-	if c.snapshot {
-		f.view, f.listing = newView(c.prev, !c.relists), true
+func newReflector(ctx context.Context, key string, c *watchConfig, q *queue) *reflector {
+	r := &reflector{
+		watchConfig: *c,
+		ctx:         ctx,
+		key:         key,
+		queue:       q,
+		source:      sourceOf(&c.config),
+		ready:       make(chan error, 1),
+		began:       time.Now(),
 	}
-	return f
+	r.sub = watchSub{user: r, key: key, end: r.end(), prevKV: c.prev && !c.snapshot}
+	if r.key == "" {
+		r.sub.key = "\x00"
+	}
+	if c.snapshot {
+		r.sent = newSnapshot(c.prev, !c.relists)
+	}
+	return r
 }
 
-// begin finds out where to begin, and whether that is possible.
-func (f *feed) begin(c *config) error {
-	rev, err := f.look(c, f.from)
+// end is the end of the watched range, empty for a single key.
+func (r *reflector) end() string {
+	if !r.prefix {
+		return ""
+	}
+	return clientv3.GetPrefixRangeEnd(r.key)
+}
+
+// begin starts the watch and waits until it stands, or until the policy gives up.
+func (r *reflector) begin() error {
+	streams := r.source.streams()
+	if err := r.resolveStart(); err != nil {
+		return err
+	}
+	if r.sent != nil {
+		r.start = 0
+		r.stands(nil) // where it begins cannot be compacted under it
+		r.list()
+		return r.waitReady()
+	}
+	if r.head != nil {
+		r.queue.push(change{kind: EventPut, kv: r.head, upTo: r.start})
+	}
+	r.sub.checkAt = streams
+	seen := r.start
+	r.source.start(&r.sub)
+	if err := r.waitReady(); err != nil || r.start == seen {
+		return err
+	}
+	return r.learn()
+}
+
+// learn finds out what the watched keys were when the watch began, after etcd was read and before the watch stood.
+func (r *reflector) learn() error {
+	resp, err := r.look(r.start)
+	if errors.Is(err, rpctypes.ErrCompacted) {
+		return nil // it cannot be known
+	}
+	var then past
+	if err == nil {
+		err = then.begin(r, resp, r.start)
+	}
+	if err == nil {
+		r.source.locked(func() { r.past.prepend(then) })
+	}
+	return err
+}
+
+// resolveStart finds out where to begin, whether that is possible, and what the watched keys were before.
+func (r *reflector) resolveStart() error {
+	at := max(r.from-1, 0)
+	resp, err := r.look(at)
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted):
-		return fmt.Errorf("%w: from revision %d", ErrGap, f.from)
+		if resp, err = r.look(r.from); err != nil {
+			return r.gapAt(err)
+		}
+		r.start = r.from - 1 // what was before is not known
 	case errors.Is(err, rpctypes.ErrFutureRev):
-		rev, err = f.look(c, 0)
-	}
-	switch {
+		return fmt.Errorf("%w: from revision %d, which is more than one past etcd's", ErrGap, r.from)
 	case err != nil:
 		return err
-	case f.snapshot:
-		f.stands() // where it begins cannot be compacted under it
-	case f.from == 0:
-		f.start, f.from = rev, rev+1
+	case r.from == 1:
+		if _, err := r.look(1); err != nil {
+			return r.gapAt(err)
+		}
+		r.past.cluster, r.past.counted = resp.Header.ClusterId, true
 	default:
-		f.next = min(f.from, rev+1)
-		f.start = f.next - 1
+		r.start = at
+		if at == 0 {
+			r.start = resp.Header.Revision
+		}
+		if err := r.past.begin(r, resp, r.start); err != nil {
+			return err
+		}
 	}
+	r.sub.known = resp.Header.GetRevision()
+	r.sub.next, r.sub.from = r.from, r.start+1
 	return nil
 }
 
-// stands says that no later change is missed: a watch from now on is there, or one from a revision.
-func (f *feed) stands() { f.began(nil) }
-
-func (f *feed) began(err error) {
-	select {
-	case f.standing <- err:
-	default: // it had
+func (r *reflector) gapAt(err error) error {
+	if errors.Is(err, rpctypes.ErrCompacted) {
+		return fmt.Errorf("%w: from revision %d: %w", ErrGap, r.from, err)
 	}
+	return err
 }
 
-// awaitStanding waits until the watch stands, for as long as the call may take.
-func (f *feed) awaitStanding(c *config) error {
-	limit := f.ctx
-	if elapsed := c.retry.withDefaults().Elapsed; elapsed > 0 {
-		var cancel context.CancelFunc
-		limit, cancel = context.WithTimeout(f.ctx, elapsed)
-		defer cancel()
-	}
-	select {
-	case err := <-f.standing:
-		return err
-	case <-limit.Done():
-		return contextError(limit)
-	}
+// look reads the first watched key and the number of keys, as of a revision, where 0 is now.
+func (r *reflector) look(at Revision) (*clientv3.GetResponse, error) {
+	return r.get(r.watched(r.key, clientv3.WithRev(at), clientv3.WithLimit(1), clientv3.WithKeysOnly()))
 }
 
-// look returns etcd's revision, if it has what is watched as of the revision at, where 0 is now.
-func (f *feed) look(c *config, at Revision) (Revision, error) {
-	resp, err := f.get(c, f.key, clientv3.WithRev(at), clientv3.WithLimit(1), clientv3.WithKeysOnly())
-	if err != nil {
-		return 0, err
-	}
-	return resp.Header.Revision, f.recognise(resp.Header)
-}
-
-// note keeps the newest change that was queued.
-func (f *feed) note(kv *mvccpb.KeyValue) {
-	if kv.ModRevision > f.last.GetModRevision() {
-		f.last = kv
-	}
-}
-
-// lookAround finds out whether etcd is what it was, before it is watched again. An etcd that was restored, and has been written
-// so much since that its revision says nothing, has another history at the newest change, if one was told.
-//
-// It is one request, because gRPC takes its connections in turn: between two the watch would get the same of three members
-// every time.
-func (f *feed) lookAround() error {
-	if f.last == nil {
-		_, err := f.look(&f.config, 0)
-		return err
-	}
-	resp, err := retryRead(clientv3.WithRequireLeader(f.ctx), &f.config, f.retry, "watch", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return f.client.Txn(ctx).Then(
-			f.watched(f.key, clientv3.WithLimit(1), clientv3.WithKeysOnly()),
-			clientv3.OpGet(string(f.last.Key), clientv3.WithRev(f.last.ModRevision)),
-		).Commit()
-	})
-	switch {
-	case errors.Is(err, rpctypes.ErrCompacted): // it cannot be told
-		f.last = nil
-		return f.lookAround()
-	case errors.Is(err, rpctypes.ErrFutureRev):
-		return errRestored
-	case err != nil:
-		return err
-	}
-	if err := f.recognise(resp.Header); err != nil {
-		return err
-	}
-	now := first(resp.Responses[1].GetResponseRange().Kvs)
-	if deleted := f.last.Version == 0; deleted && now != nil || !deleted && !sameChange(now, f.last) {
-		return errRestored
-	}
-	return nil
-}
-
-// sameChange reports whether a is there and what b is.
-func sameChange(a, b *mvccpb.KeyValue) bool {
-	return a != nil && a.ModRevision == b.ModRevision && a.Version == b.Version && bytes.Equal(a.Value, b.Value)
-}
-
-// isTooLarge reports whether a watch failed for good, because the client takes no message of that size.
-func isTooLarge(err error) bool {
-	f := statusOf(err)
-	return f.code == codes.ResourceExhausted && strings.HasPrefix(f.message, "grpc: received message larger than max")
-}
-
-// get reads what is watched, from a key on. It needs a leader, so that a member which is cut off from the quorum is left.
-func (f *feed) get(c *config, from string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
-	return retryRead(clientv3.WithRequireLeader(f.ctx), c, c.retry, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		resp, err := f.client.Do(ctx, f.watched(from, opts...))
+func (r *reflector) get(op clientv3.Op) (*clientv3.GetResponse, error) {
+	return retryRead(r.ctx, &r.config, r.retry, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := r.client.Do(ctx, op)
 		return resp.Get(), err
 	})
 }
 
 // watched reads what is watched, from a key on.
-func (f *feed) watched(from string, opts ...clientv3.OpOption) clientv3.Op {
-	if f.prefix {
-		opts = append(opts, clientv3.WithRange(clientv3.GetPrefixRangeEnd(f.key)))
+func (r *reflector) watched(from string, opts ...clientv3.OpOption) clientv3.Op {
+	switch {
+	case from == "":
+		from = "\x00" // the first key
+		fallthrough
+	case r.prefix:
+		opts = append(opts, clientv3.WithRange(r.end()))
 	}
 	return clientv3.OpGet(from, opts...)
 }
 
-// errRestored says that etcd has gone back to an older state, and may have been written since.
-var errRestored = errors.New("etcdutil: etcd has another history: it was restored")
-
-// recognise notes what etcd answered, and finds out whether it is what it was.
-func (f *feed) recognise(header *etcdserverpb.ResponseHeader) error {
-	seen, cluster := f.seen, f.cluster
-	f.seen, f.cluster = header.Revision, header.ClusterId
-	if f.seen < seen || cluster != 0 && f.cluster != cluster {
-		return errRestored
-	}
-	return nil
-}
-
-func (f *feed) run() {
-	if err := f.pump(); f.ctx.Err() == nil {
-		f.began(err)
-		f.queue.push(change{end: errorf("watch %q: %w", f.key, err)})
-	}
-}
-
-// pump follows etcd for as long as that is possible, and returns why it no longer is.
-func (f *feed) pump() error {
-	for failed, looked := 0, true; ; {
-		if f.listing {
-			if err := f.list(); err != nil {
-				return err
-			}
-		}
-		f.patience = silence << min(max(failed-1, 0), 4) // etcd may take long to read what has happened since
-		heard, err := f.watch()
-		if failed++; heard || errors.Is(err, errBroken) {
-			failed = 1
-		}
-		switch {
-		case f.ctx.Err() != nil:
-			return contextError(f.ctx)
-		case errors.Is(err, errAhead):
-			f.queue.awaitRoom(f.ctx)
-			f.listing = f.snapshot
-		case isTooLarge(err):
-			return err
-		case errors.Is(err, errSilent) && !heard && looked:
-			// The connection is dead, and gRPC takes its connections in turn: one between two looks would get it every time.
-			looked = false
-			continue
-		}
-		looked = true
-		if failed == 2 {
-			f.reporter.watchStalled(WatchEvent{Key: f.key, Err: err})
-		}
-		sleep(f.ctx, f.retry.withDefaults().backoff(failed))
-		if !errors.Is(err, rpctypes.ErrCompacted) {
-			err = f.lookAround()
-		}
-		if err := f.resumable(err); err != nil {
-			return err
-		}
-	}
-}
-
-// resumable is what to do about an error in front of the next watch.
-func (f *feed) resumable(err error) error {
-	switch {
-	case !errors.Is(err, rpctypes.ErrCompacted) && !errors.Is(err, errRestored):
-		return err
-	case !f.snapshot:
-		return fmt.Errorf("%w: after revision %d: %w", ErrGap, f.next-1, err)
-	}
-	f.reporter.watchResynced(WatchEvent{Key: f.key, Err: err})
-	f.listing = true
-	return nil
-}
-
-const (
-	// quiet is how long nothing need be heard of a watch until it asks for progress: what happens to other keys moves it on,
-	// or compaction would overtake it. A random part is added.
-	quiet = 500 * time.Millisecond
-	// silence is how long nothing need be heard of it, although it asks, until it is opened anew.
-	silence = 4 * time.Second
-	// indulgence is how long a watch is kept while its reader is behind. Until the reader goes on etcd keeps in memory what it is
-	// about to send; but if the watch is opened anew it has to read all of that again.
-	indulgence = 4 * time.Second
-)
-
-var (
-	errAhead  = errors.New("etcdutil: the reader is behind")
-	errSilent = errors.New("etcdutil: the watch is silent")
-	errBroken = errors.New("etcdutil: the connection is broken")
-	errForgot = errors.New("etcdutil: the member does not know how far the watch has come")
-)
-
-// watch queues what comes of a watch from next on, until that ends, and returns why, and whether anything came.
-//
-// clientv3 would resume it by itself, behind our back. But whether etcd is still what it was has to be known before.
-func (f *feed) watch() (heard bool, err error) {
-	ctx, cancel := context.WithCancelCause(streamOfItsOwn(f.ctx))
-	var broken sync.WaitGroup
-	defer broken.Wait()
-	broken.Go(func() { f.awaitBroken(ctx, cancel) }) // until the context ends
-
-	silent := time.AfterFunc(f.patience, func() { cancel(errSilent) })
-	defer silent.Stop()
-	remote := piecemeal{etcdserverpb.NewWatchClient(f.client.ActiveConnection()), make(chan struct{}, 1)}
-	watcher, done := f.watcher(remote)
-	defer done()
-	defer cancel(nil)
-	ask := f.progress(ctx, watcher)
-	defer ask.Stop()
-	for resp := range watcher.Watch(ctx, f.key, f.options()...) {
-		silent.Stop()
-		ask.Reset(quiet + rand.N(quiet))
-		err := f.receive(resp)
-		heard = heard || err == nil && !resp.Created || err == errAhead
-		if err != nil && !(err == errAhead && f.indulge(ctx)) {
-			return heard, err
-		}
-		if len(resp.Events) > 0 {
-			wake(remote.taken)
-		}
-		silent.Reset(f.patience)
-	}
-	return heard, context.Cause(ctx)
-}
-
-// indulge waits for a reader that is behind. It reports whether the reader has come on.
-func (f *feed) indulge(ctx context.Context) bool {
-	ctx, cancel := context.WithTimeout(ctx, indulgence)
-	defer cancel()
-	return f.queue.awaitRoom(ctx)
-}
-
-// streams counts the streams for watches.
-var streams atomic.Int64
-
-// streamOfItsOwn is a context for one watch, which has clientv3 open a stream for it. On a stream that watches share, an answer
-// about progress goes to all, and may overtake the creation of a watch that it knows nothing of: that would skip what it
-// has yet to send. Nor does a new watch inherit a stream that is stuck, or that was opened with a token which has expired
-// (etcd-io/etcd#12385). The watch needs a leader, so that a member which is cut off from the quorum is left.
-func streamOfItsOwn(ctx context.Context) context.Context {
-	stream := "watch-" + strconv.FormatInt(streams.Add(1), 10)
-	return metadata.AppendToOutgoingContext(clientv3.WithRequireLeader(ctx), "etcdutil-stream", stream)
-}
-
-// watcher is for one watch, and closed after it: of a watch that ends while it is created or resumed clientv3 keeps the
-// stream, with nothing on it, until its watcher is closed. A watcher that is not clientv3's own, as that of a namespace, is
-// used as it is.
-func (f *feed) watcher(remote piecemeal) (w clientv3.Watcher, done func()) {
-	own := clientv3.NewWatchFromWatchClient(remote, f.client)
-	if reflect.TypeOf(own) != reflect.TypeOf(f.client.Watcher) {
-		return f.client.Watcher, func() {}
-	}
-	return own, func() { _ = own.Close() }
-}
-
-// piecemeal stands between clientv3 and etcd. What a thousand revisions have changed etcd sends at once, in fragments. clientv3
-// would join them, and read on whether they are wanted or not: here each is passed on by itself, in whole revisions, and the
-// next one after it was taken.
-type piecemeal struct {
-	etcdserverpb.WatchClient
-	taken chan struct{}
-}
-
-func (p piecemeal) Watch(ctx context.Context, opts ...grpc.CallOption) (etcdserverpb.Watch_WatchClient, error) {
-	stream, err := p.WatchClient.Watch(ctx, opts...)
-	return &pieces{Watch_WatchClient: stream, taken: p.taken}, err
-}
-
-// pieces is a stream. Only Recv uses its fields, which clientv3 calls from one goroutine.
-type pieces struct {
-	etcdserverpb.Watch_WatchClient
-	taken <-chan struct{}
-	given bool            // changes that have not been taken yet
-	rest  []*mvccpb.Event // of a revision that goes on in the next fragment
-}
-
-func (p *pieces) Recv() (*etcdserverpb.WatchResponse, error) {
-	for {
-		p.awaitTaken()
-		resp, err := p.Watch_WatchClient.Recv()
-		if err != nil {
-			return nil, err
-		}
-		more := resp.Fragment
-		resp.Events, p.rest = append(p.rest, resp.Events...), nil
-		if more {
-			resp.Events, p.rest = wholeRevisions(resp.Events)
-			resp.Fragment = false
-		}
-		if p.given = len(resp.Events) > 0; p.given || !more {
-			return resp, nil
-		}
-	}
-}
-
-func (p *pieces) awaitTaken() {
-	if !p.given {
-		return
+// waitReady waits until the watch stands, for as long as the policy allows.
+func (r *reflector) waitReady() error {
+	limit := r.ctx
+	if elapsed := r.retry.withDefaults().Elapsed; elapsed > 0 {
+		var cancel context.CancelFunc
+		limit, cancel = context.WithDeadline(r.ctx, r.began.Add(elapsed))
+		defer cancel()
 	}
 	select {
-	case <-p.taken:
-	case <-p.Context().Done(): // Recv tells
-	}
-}
-
-// wholeRevisions splits off the events of the last revision, which may not be all.
-func wholeRevisions(events []*mvccpb.Event) (whole, rest []*mvccpb.Event) {
-	n := len(events)
-	for n > 0 && events[n-1].Kv.ModRevision == events[len(events)-1].Kv.ModRevision {
-		n--
-	}
-	return events[:n:n], slices.Clone(events[n:])
-}
-
-// options has etcd send in fragments. In one piece, what a thousand revisions have changed would be in memory several times.
-func (f *feed) options() []clientv3.OpOption {
-	opts := []clientv3.OpOption{clientv3.WithRev(f.next), clientv3.WithFragment(), clientv3.WithCreatedNotify()}
-	if f.prefix {
-		opts = append(opts, clientv3.WithPrefix())
-	}
-	if f.prev && !f.snapshot {
-		opts = append(opts, clientv3.WithPrevKV())
-	}
-	return opts
-}
-
-// awaitBroken ends a watch when all connections of its client are, as they are before etcd can be restored.
-func (f *feed) awaitBroken(ctx context.Context, cancel context.CancelCauseFunc) {
-	conn := f.client.ActiveConnection()
-	if conn.GetState() != connectivity.Ready || conn.WaitForStateChange(ctx, connectivity.Ready) {
-		cancel(errBroken)
-	}
-}
-
-// progress is a timer that asks how far a watch has come, again and again until ctx ends.
-func (f *feed) progress(ctx context.Context, watcher clientv3.Watcher) *time.Timer {
-	var ask *time.Timer
-	ask = time.AfterFunc(time.Hour, func() {
-		if ctx.Err() == nil { // else clientv3 might open another stream for it
-			_ = watcher.RequestProgress(ctx)
-			ask.Reset(quiet + rand.N(quiet))
-		}
-	})
-	ask.Reset(quiet + rand.N(quiet))
-	f.ask.Store(ask)
-	return ask
-}
-
-func (f *feed) askProgress() {
-	if ask := f.ask.Load(); ask != nil {
-		ask.Reset(0) // it does nothing after the watch's end
-	}
-}
-
-// receive queues what a watch has sent. The changes of one revision come together.
-func (f *feed) receive(resp clientv3.WatchResponse) error {
-	switch err := resp.Err(); {
-	case errors.Is(err, rpctypes.ErrCompacted) && resp.CompactRevision <= f.next:
-		return errForgot // progress is nothing to it: a member that lags takes its leader's snapshot, and looks back to the last event
-	case err != nil:
+	case err := <-r.ready:
 		return err
+	case <-limit.Done():
 	}
-	if resp.Created {
-		f.created(resp.Header.Revision)
-		return nil
-	}
-	upTo := f.next - 1
+	r.source.stop(&r.sub)
 	switch {
-	case len(resp.Events) > 0:
-		upTo = resp.Events[len(resp.Events)-1].Kv.ModRevision
-	case resp.IsProgressNotify():
-		upTo = resp.Header.Revision
+	case r.ctx.Err() != nil:
+		return contextError(r.ctx)
+	case r.lastErr != nil:
+		return attemptsExhausted(r.attempts, r.began, r.lastErr)
 	}
-	if upTo < f.next {
-		return nil // sent twice, or no news
-	}
-	room := upTo <= f.start || f.queue.push(f.changes(resp.Events, upTo)...)
-	f.next, f.seen = upTo+1, max(f.seen, upTo)
-	if !room {
-		return errAhead
-	}
-	return nil
+	return attemptsExhausted(1, r.began, context.DeadlineExceeded)
 }
 
-// created notes that a watch stands, on a member of this revision. One from now on begins there, or, if the member lags, where
-// etcd was when that was asked for.
-func (f *feed) created(rev Revision) {
-	if f.next == 0 {
-		f.next = rev + 1
-		f.start = max(f.start, rev)
-		f.from = f.start + 1
+// stands reports how the watch began: nil if no later change is missed.
+func (r *reflector) stands(err error) {
+	select {
+	case r.ready <- err:
+	default: // it had
 	}
-	f.stands()
 }
 
-// changes are those that were not queued before, and how far they go.
-func (f *feed) changes(events []*clientv3.Event, upTo Revision) []change {
-	changes := make([]change, 0, len(events)+1)
+// drained resumes a watch that was parked because its reader was behind.
+func (r *reflector) drained() {
+	if !r.source.drained(&r.sub) {
+		return
+	}
+	if r.sent != nil {
+		r.list()
+		return
+	}
+	r.source.start(&r.sub)
+}
+
+// close stops the watch. Its context has ended, or its end was delivered.
+func (r *reflector) close() {
+	r.source.stop(&r.sub)
+	r.listing.Wait()
+}
+
+// fail ends the watch.
+func (r *reflector) fail(err error) {
+	r.stands(err)
+	r.queue.push(change{end: errorf("watch %q: %w", r.key, err)})
+}
+
+// resyncOrGap lists again, if there is a snapshot, or ends the watch with ErrGap.
+func (r *reflector) resyncOrGap(err error) {
+	if r.sent == nil {
+		r.fail(fmt.Errorf("%w: after revision %d: %w", ErrGap, r.sub.next-1, err))
+		return
+	}
+	r.reporter.watchResynced(WatchEvent{Key: r.key, Err: err})
+	r.list()
+}
+
+func (r *reflector) created(Revision) {
+	if !r.standing && r.sent == nil && r.start < r.sub.from-1 {
+		r.start = r.sub.from - 1
+		r.past = past{cluster: r.past.cluster, seen: r.past.seen} // as of then it is not known
+	}
+	r.standing = true
+	r.attempts, r.lastErr = 0, nil
+	r.stands(nil)
+}
+
+func (r *reflector) failed(err error) {
+	r.attempts++
+	r.lastErr = err
+	if r.attempts == 2 {
+		r.reporter.watchStalled(WatchEvent{Key: r.key, Err: err})
+	}
+	if r.retry.Attempts > 0 && r.attempts >= r.retry.Attempts {
+		r.stands(attemptsExhausted(r.attempts, r.began, err)) // counts before the watch stands
+	}
+}
+
+func (r *reflector) refused(err error) { r.fail(err) }
+
+func (r *reflector) compacted(Revision) { r.resyncOrGap(rpctypes.ErrCompacted) }
+
+func (r *reflector) deliver(events []*mvccpb.Event, upTo Revision) (room bool) {
+	if len(events) == 0 {
+		if upTo >= r.sub.from {
+			r.queue.pass(upTo)
+		}
+		return true
+	}
+	return r.queue.push(r.changes(events, upTo)...)
+}
+
+// changes returns what is wanted of events, and up to where it goes.
+func (r *reflector) changes(events []*mvccpb.Event, upTo Revision) []change {
+	changes := make([]change, 0, len(events))
 	for _, e := range events {
 		rev := e.Kv.ModRevision
 		if n := len(changes); n > 0 && changes[n-1].kv.ModRevision < rev {
 			changes[n-1].upTo = rev - 1
 		}
-		if rev >= max(f.next, f.from) {
-			changes = append(changes, f.changeOf(e))
-			f.note(e.Kv)
+		if rev >= r.sub.from {
+			changes = append(changes, r.changeOf(e))
+			r.past.event(e)
 		}
 	}
 	if n := len(changes); n > 0 {
 		changes[n-1].upTo = upTo
+		r.past.hash(events[len(events)-1])
 		return changes
+	}
+	if upTo < r.sub.from {
+		return nil
 	}
 	return append(changes, change{upTo: upTo})
 }
 
-func (f *feed) changeOf(e *clientv3.Event) change {
+func (r *reflector) changeOf(e *mvccpb.Event) change {
 	kind := EventPut
 	if e.Type == mvccpb.DELETE {
 		kind = EventDelete
 	}
-	if f.view == nil {
+	if r.sent == nil {
 		return change{kind: kind, kv: e.Kv, prev: e.PrevKv}
 	}
-	return f.view.change(kind, e.Kv)
+	return r.sent.change(kind, e.Kv)
 }
 
-// list queues the difference between what was told and what there is.
-func (f *feed) list() error {
-	for broken := 0; ; {
-		err := f.listOnce(broken < maxRelists)
+// errRestored says that etcd has gone back to an older state, and may have been written since.
+var errRestored = errors.New("etcd has another history: it was restored")
+
+func (r *reflector) history(next Revision) []clientv3.Op {
+	at := next - 1
+	if r.atNext {
+		at = next
+	}
+	if at <= 0 {
+		return nil
+	}
+	return r.past.reads(r, at)
+}
+
+func (r *reflector) checked(resp *clientv3.TxnResponse, err error) historyVerdict {
+	switch {
+	case errors.Is(err, rpctypes.ErrCompacted) && !r.atNext:
+		r.atNext = true
+		return checkAgain
+	case errors.Is(err, rpctypes.ErrCompacted): // the watch is told by how much
+		r.atNext = false
+		return resumeWatch
+	case errors.Is(err, rpctypes.ErrFutureRev):
+		err = errRestored
+	case isTooLarge(err) && r.past.newest.hashed:
+		r.past.newest.hashed = false
+		return checkAgain
+	case err == nil && !r.past.same(r, resp):
+		err = errRestored
+	}
+	r.atNext = false
+	switch {
+	case err == nil:
+		return resumeWatch
+	case err == errRestored:
+		r.resyncOrGap(err)
+	default:
+		r.fail(err)
+	}
+	return parkWatch
+}
+
+func (r *reflector) present() []clientv3.Op { return r.past.reads(r, 0) }
+
+func (r *reflector) unchanged(resp *clientv3.TxnResponse) bool {
+	return r.past.counted && r.past.same(r, resp)
+}
+
+// past is what is known of the watched keys at the last revision that was passed. By it a history can be told from
+// another: an etcd that was restored, and has been written so much since that its revision says nothing.
+type past struct {
+	cluster uint64   // which etcd it was
+	seen    Revision // the newest that etcd is known to have had
+	count   int64    // of the keys, if counted; else what it has grown by
+	counted bool
+	newest  keyState // the newest change; zero if none is known
+}
+
+// maxSorted is of how many keys the newest is found by reading them all, which etcd does to sort them.
+const maxSorted = 10_000
+
+// keyState is the state of a key after a change.
+type keyState struct {
+	key     string
+	mod     Revision
+	create  Revision
+	version int64
+	value   uint64 // its hash
+	hashed  bool
+	deleted bool
+}
+
+// begin takes what was read at the start: the first key and the number of keys.
+func (p *past) begin(r *reflector, resp *clientv3.GetResponse, at Revision) error {
+	p.cluster, p.seen, p.count, p.counted = resp.Header.ClusterId, resp.Header.Revision, resp.Count, true
+	if len(resp.Kvs) == 0 {
+		return nil
+	}
+	newest := resp.Kvs[0]
+	if resp.Count > 1 && resp.Count <= maxSorted && r.sent == nil {
+		sorted, err := r.get(r.newest(at))
 		switch {
-		case err == nil:
-			f.listing = false
+		case errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev), err == nil && len(sorted.Kvs) == 0:
 			return nil
-		case errors.Is(err, errBroken):
-			broken++
-		case errors.Is(err, errRestored), errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev): // by a restore
-			sleep(f.ctx, f.retry.withDefaults().backoff(1))
-		default:
+		case err != nil:
 			return err
 		}
+		newest = sorted.Kvs[0]
+	} else if resp.Count > 1 {
+		return nil
+	}
+	p.newest = stateOfKey(newest)
+	return nil
+}
+
+func stateOfKey(kv *mvccpb.KeyValue) keyState {
+	return keyState{key: string(kv.Key), mod: kv.ModRevision, create: kv.CreateRevision, version: kv.Version}
+}
+
+// event takes a change.
+func (p *past) event(e *mvccpb.Event) {
+	p.newest = stateOfKey(e.Kv)
+	p.seen = max(p.seen, e.Kv.ModRevision)
+	switch {
+	case e.Type == mvccpb.DELETE:
+		p.newest.deleted = true
+		p.count--
+	case e.Kv.Version == 1:
+		p.count++
 	}
 }
+
+// prepend adds what was known before the changes of p.
+func (p *past) prepend(before past) {
+	p.cluster, p.seen = before.cluster, max(p.seen, before.seen)
+	p.count += before.count
+	p.counted = before.counted
+	if p.newest.mod == 0 {
+		p.newest = before.newest
+	}
+}
+
+// hash keeps the value of the newest change.
+func (p *past) hash(e *mvccpb.Event) {
+	if e.Type != mvccpb.DELETE && string(e.Kv.Key) == p.newest.key {
+		p.newest.value, p.newest.hashed = hashOf(e.Kv.Value), true
+	}
+}
+
+// listed takes a key of a list.
+func (p *past) listed(kv *mvccpb.KeyValue) {
+	p.count++
+	if kv.ModRevision > p.newest.mod {
+		p.newest = stateOfKey(kv)
+		p.newest.value, p.newest.hashed = hashOf(kv.Value), true
+	}
+}
+
+// newest reads the key that was changed last.
+func (r *reflector) newest(at Revision) clientv3.Op {
+	return r.watched(r.key, clientv3.WithRev(at), clientv3.WithLimit(1), clientv3.WithKeysOnly(),
+		clientv3.WithSort(clientv3.SortByModRevision, clientv3.SortDescend))
+}
+
+// reads returns what same compares: the newest change, then for a prefix what there is.
+func (p *past) reads(r *reflector, at Revision) []clientv3.Op {
+	var ops []clientv3.Op
+	switch {
+	case p.newest.mod > 0:
+		opts := []clientv3.OpOption{clientv3.WithRev(at)}
+		if !p.newest.hashed {
+			opts = append(opts, clientv3.WithKeysOnly())
+		}
+		ops = append(ops, clientv3.OpGet(p.newest.key, opts...))
+	case !r.prefix:
+		ops = append(ops, clientv3.OpGet(r.key, clientv3.WithRev(at), clientv3.WithKeysOnly()))
+	}
+	if r.prefix {
+		if p.count <= maxSorted {
+			return append(ops, r.newest(at))
+		}
+		return append(ops, r.watched(r.key, clientv3.WithRev(at), clientv3.WithCountOnly()))
+	}
+	return ops
+}
+
+// same reports whether etcd's history is what it was.
+func (p *past) same(r *reflector, resp *clientv3.TxnResponse) bool {
+	header := resp.Header
+	if header.Revision < p.seen || p.cluster != 0 && header.ClusterId != p.cluster {
+		return false
+	}
+	p.seen, p.cluster = header.Revision, header.ClusterId
+	next := Revision(math.MaxInt64) // changes from here on are still to come
+	if r.atNext {
+		next = r.sub.next
+	}
+	responses := resp.Responses
+	if p.newest.mod > 0 || !r.prefix {
+		if !p.sameKey(first(responses[0].GetResponseRange().Kvs), next) {
+			return false
+		}
+		responses = responses[1:]
+	}
+	if !r.prefix {
+		return true
+	}
+	there := responses[0].GetResponseRange()
+	newest := first(there.Kvs)
+	switch {
+	case newest.GetModRevision() >= next:
+		return true // what was before cannot be seen any more
+	case p.counted && there.Count != p.count:
+		return false
+	}
+	return newest == nil || p.newest.mod == 0 || newest.ModRevision <= p.newest.mod
+}
+
+// sameKey compares the key that was changed last.
+func (p *past) sameKey(now *mvccpb.KeyValue, next Revision) bool {
+	was := p.newest
+	switch {
+	case now.GetModRevision() >= next:
+		return true
+	case was.mod == 0: // of a single key
+		return !p.counted || (now != nil) == (p.count > 0)
+	case now == nil || was.deleted:
+		return now == nil && was.deleted
+	case was.hashed && hashOf(now.Value) != was.value:
+		return false
+	}
+	return now.ModRevision == was.mod && now.CreateRevision == was.create && now.Version == was.version
+}
+
+// isTooLarge reports whether the client took no message of that size.
+func isTooLarge(err error) bool {
+	f := statusOf(err)
+	return f.code == codes.ResourceExhausted && strings.HasPrefix(f.message, "grpc: received message larger than max")
+}
+
+// list has a goroutine list the keys, and then resume the watch, which is parked.
+func (r *reflector) list() {
+	r.listing.Go(func() { // until the list is made, or the context ends
+		next, streams, err := r.listUntilDone()
+		switch {
+		case r.ctx.Err() != nil:
+		case err != nil:
+			r.fail(err)
+		default:
+			r.source.restart(&r.sub, next, streams)
+		}
+	})
+}
+
+// errBroken says that the connection broke while a list was made.
+var errBroken = errors.New("the connection is broken")
 
 // maxRelists is how often a list is made anew because the connection broke. It may break faster than a list is made.
 const maxRelists = 3
 
+// listUntilDone queues the difference between what was sent and what there is.
+func (r *reflector) listUntilDone() (next Revision, streams int64, err error) {
+	for broken := 0; ; {
+		streams = r.source.streams()
+		next, err = r.listOnce(broken < maxRelists)
+		switch {
+		case err == nil:
+			return next, streams, nil
+		case errors.Is(err, errBroken):
+			broken++
+		case errors.Is(err, errRestored), errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev): // by a restore
+			sleep(r.ctx, RetryPolicy{}.withDefaults().backoff(1))
+		default:
+			return 0, 0, err
+		}
+		if r.ctx.Err() != nil {
+			return 0, 0, contextError(r.ctx)
+		}
+	}
+}
+
 // listOnce lists page by page, all at the revision of the first, and waits for the reader between them.
 //
-// If strict, it ends with errBroken if the connection broke between the first page and the last: etcd may have been restored, and
-// been written past the list's revision, so that the pages are of two histories.
-func (f *feed) listOnce(strict bool) error {
-	f.queue.push(f.view.begin()...)
-	f.last = nil
-	unbroken, cancel := context.WithCancelCause(f.ctx)
+// If strict, it ends with errBroken if the connection broke between the first page and the last: etcd may have been restored,
+// and been written past the list's revision, so that the pages are of two histories.
+func (r *reflector) listOnce(strict bool) (next Revision, err error) {
+	r.queue.push(r.sent.begin()...)
+	r.past = past{counted: true}
+	r.atNext = false
+	unbroken, cancel := context.WithCancelCause(r.ctx)
 	defer cancel(nil)
 	var rev Revision
-	for from, limit := f.key, int64(minPage); from != ""; {
-		resp, err := f.page(from, rev, limit)
+	limit := int64(minPage)
+	for from, more := r.key, true; more; {
+		resp, err := r.page(from, rev, &limit)
 		if err != nil {
-			return err
+			return 0, err
 		}
-		err = f.recognise(resp.Header)
-		switch {
-		case rev == 0: // it begins with whatever etcd this is
+		if rev == 0 { // it begins with whatever etcd this is
 			rev = resp.Header.Revision
-			go f.awaitBroken(unbroken, cancel) // until the list is made
-		case err != nil:
-			return err
+			go r.cancelOnDisconnect(unbroken, cancel) // until the list is made
+		} else if resp.Header.Revision < rev || resp.Header.ClusterId != r.past.cluster {
+			return 0, errRestored
 		}
+		r.past.seen, r.past.cluster = resp.Header.Revision, resp.Header.ClusterId
 		for _, kv := range resp.Kvs {
-			f.note(kv)
+			r.past.listed(kv)
 		}
-		if changes := f.view.page(resp.Kvs); !f.queue.push(changes...) {
-			f.queue.awaitRoom(f.ctx)
+		if changes := r.sent.page(resp.Kvs); !r.queue.push(changes...) {
+			r.queue.awaitRoom(r.ctx)
 		}
 		limit = pageAfter(resp.Kvs, limit)
-		from = ""
-		if resp.More {
+		if more = resp.More; more {
 			from = string(resp.Kvs[len(resp.Kvs)-1].Key) + "\x00"
 		}
 	}
 	if strict && context.Cause(unbroken) == errBroken {
-		return errBroken
+		return 0, errBroken
 	}
-	f.queue.push(append(f.view.gone(rev), change{kind: EventSynced, upTo: rev})...)
-	f.next = rev + 1
-	return nil
+	r.queue.push(append(r.sent.deletions(rev), change{kind: EventSynced, upTo: rev})...)
+	return rev + 1, nil
 }
 
-// page reads a page, or a smaller one if the client takes none so large.
-func (f *feed) page(from string, rev Revision, limit int64) (*clientv3.GetResponse, error) {
-	resp, err := f.get(&f.config, from, clientv3.WithRev(rev), clientv3.WithLimit(limit))
-	if isTooLarge(err) && limit > 1 {
-		return f.page(from, rev, max(limit/8, 1))
+// cancelOnDisconnect cancels when all connections of the client are broken, as they are before etcd can be restored.
+func (r *reflector) cancelOnDisconnect(ctx context.Context, cancel context.CancelCauseFunc) {
+	conn := r.client.ActiveConnection()
+	if conn.GetState() != connectivity.Ready || conn.WaitForStateChange(ctx, connectivity.Ready) {
+		cancel(errBroken)
 	}
-	return resp, err
 }
 
 const (
 	minPage   = 2 // keys, which may have a megabyte and a half each
 	maxPage   = 1000
 	pageBytes = 1 << 20
+	// maxPageBytes is the largest page that is taken. Of a larger one fewer keys are read.
+	maxPageBytes = 4 << 20
+	// pageTimeout is how long the first attempt at a page may take, and maxPageTimeout a later one.
+	pageTimeout, maxPageTimeout = 2 * time.Second, time.Minute
 )
+
+// page reads a page, until that succeeds. A page that is too large, or too slow to come, is made smaller.
+func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeResponse, error) {
+	timeout := pageTimeout
+	for failed := 1; ; failed++ {
+		resp, timedOut, err := attemptOnce(r.ctx, r.client, timeout, func(ctx context.Context) (*pb.RangeResponse, error) {
+			return r.readPage(ctx, r.watched(from, clientv3.WithRev(at), clientv3.WithLimit(*limit)), from, at, *limit)
+		})
+		switch {
+		case err == nil:
+			return resp, nil
+		case r.ctx.Err() != nil:
+			return nil, contextError(r.ctx)
+		case r.client.Ctx().Err() != nil:
+			return nil, errClientClosed
+		case isTooLarge(err) && *limit > 1:
+			*limit = max(*limit/4, 1)
+			continue
+		case timedOut:
+			*limit = max(*limit/4, 1)
+			timeout = min(2*timeout, maxPageTimeout)
+		case !r.shouldRetry(RetryPolicy{}, err, timedOut):
+			return nil, err
+		}
+		if failed == 2 {
+			r.reporter.watchStalled(WatchEvent{Key: r.key, Err: err})
+		}
+		sleep(r.ctx, RetryPolicy{}.withDefaults().backoff(failed))
+	}
+}
+
+// readPage bounds the answer, which would be as large as a thousand values can be. A wrapped client offers no way to.
+func (r *reflector) readPage(ctx context.Context, op clientv3.Op, from string, at Revision, limit int64) (*pb.RangeResponse, error) {
+	if reflect.TypeOf(r.client.KV) != kvType {
+		resp, err := r.client.Do(ctx, op)
+		return (*pb.RangeResponse)(resp.Get()), err
+	}
+	size := maxPageBytes
+	if limit == 1 {
+		size = math.MaxInt32
+	}
+	resp, err := clientv3.RetryKVClient(r.client).Range(ctx,
+		&pb.RangeRequest{Key: op.KeyBytes(), RangeEnd: op.RangeBytes(), Revision: at, Limit: limit},
+		grpc.WaitForReady(true), grpc.MaxCallRecvMsgSize(size))
+	return resp, rpctypes.Error(err)
+}
+
+var kvType = reflect.TypeOf(clientv3.NewKVFromKVClient(nil, nil))
 
 // pageAfter is how many keys to list next: so many that they have about pageBytes, if they are like those before, but
 // only so many more than before.

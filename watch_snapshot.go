@@ -6,84 +6,88 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
-// view is what the reader of a snapshot was told.
-type view struct {
-	keys   map[string]told
-	values bool // are kept
-	keeps  bool // what was told; else the reader finds out what a list changes
-	pass   uint32
-	seed   maphash.Seed
+// snapshot is what was sent to the reader of a watcher with a snapshot.
+type snapshot struct {
+	keys       map[string]sentState
+	values     bool // are kept
+	keeps      bool // what was sent; else the reader finds out what a list changes
+	generation uint32
 }
 
-// told is what was told of a key. In a restored etcd another value may have the same revision, hence the hash.
-type told struct {
-	rev  Revision
-	hash uint64
-	kv   *mvccpb.KeyValue // nil unless values are kept
-	pass uint32           // the last list that had it
+// sentState is what was sent of a key. In a restored etcd another value may have the same revision, hence the hash.
+type sentState struct {
+	rev        Revision
+	hash       uint64
+	kv         *mvccpb.KeyValue // nil unless values are kept
+	generation uint32           // the last list that had the key
 }
 
-func newView(values, keeps bool) *view {
-	return &view{keys: make(map[string]told), values: values, keeps: keeps, seed: maphash.MakeSeed()}
+// hashSeed makes hashes of values comparable.
+var hashSeed = maphash.MakeSeed()
+
+func hashOf(value []byte) uint64 { return maphash.Bytes(hashSeed, value) }
+
+func newSnapshot(values, keeps bool) *snapshot {
+	return &snapshot{keys: make(map[string]sentState), values: values, keeps: keeps}
 }
 
-// change tells a change that etcd has sent.
-func (v *view) change(kind EventType, kv *mvccpb.KeyValue) change {
-	if !v.keeps {
+// change records a change that etcd has sent.
+func (s *snapshot) change(kind EventType, kv *mvccpb.KeyValue) change {
+	if !s.keeps {
 		return change{kind: kind, kv: kv}
 	}
 	key := string(kv.Key)
-	c := change{kind: kind, kv: kv, prev: v.keys[key].kv}
+	c := change{kind: kind, kv: kv, prev: s.keys[key].kv}
 	if kind == EventDelete {
-		delete(v.keys, key)
+		delete(s.keys, key)
 	} else {
-		v.keys[key] = v.tell(kv)
+		s.keys[key] = s.record(kv)
 	}
 	return c
 }
 
-func (v *view) tell(kv *mvccpb.KeyValue) told {
-	t := told{rev: kv.ModRevision, hash: maphash.Bytes(v.seed, kv.Value), pass: v.pass}
-	if v.values {
-		t.kv = kv
+func (s *snapshot) record(kv *mvccpb.KeyValue) sentState {
+	sent := sentState{rev: kv.ModRevision, hash: hashOf(kv.Value), generation: s.generation}
+	if s.values {
+		sent.kv = kv
 	}
-	return t
+	return sent
 }
 
-// begin begins a list: pages of what there is, in the order of keys, then gone.
-func (v *view) begin() []change {
-	v.pass++
-	if v.keeps {
+// begin begins a list: pages in the order of keys, then deletions.
+func (s *snapshot) begin() []change {
+	s.generation++
+	if s.keeps {
 		return nil
 	}
 	return []change{{kind: eventListing}}
 }
 
-// page tells what is new in a page.
-func (v *view) page(kvs []*mvccpb.KeyValue) []change {
+// page returns what is new in a page.
+func (s *snapshot) page(kvs []*mvccpb.KeyValue) []change {
 	var changes []change
 	for _, kv := range kvs {
-		if !v.keeps {
+		if !s.keeps {
 			changes = append(changes, change{kind: EventPut, kv: kv})
 			continue
 		}
-		key, now := string(kv.Key), v.tell(kv)
-		before, known := v.keys[key]
+		key, now := string(kv.Key), s.record(kv)
+		before, known := s.keys[key]
 		if !known || before.rev != now.rev || before.hash != now.hash {
 			changes = append(changes, change{kind: EventPut, kv: kv, prev: before.kv})
 		}
-		v.keys[key] = now
+		s.keys[key] = now
 	}
 	return changes
 }
 
-// gone tells what was in no page of the list, which is of revision rev.
-func (v *view) gone(rev Revision) []change {
+// deletions returns what was in no page of the list, which is of revision rev.
+func (s *snapshot) deletions(rev Revision) []change {
 	var changes []change
-	for key, t := range v.keys {
-		if t.pass != v.pass {
-			delete(v.keys, key)
-			changes = append(changes, change{kind: EventDelete, kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: rev}, prev: t.kv})
+	for key, sent := range s.keys {
+		if sent.generation != s.generation {
+			delete(s.keys, key)
+			changes = append(changes, change{kind: EventDelete, kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: rev}, prev: sent.kv})
 		}
 	}
 	return changes

@@ -36,7 +36,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	resume-at-last) # and not after it
 		expected='watch: .* it came twice'
-		replace watch_reflector.go 'f.next, f.seen = upTo+1, ' 'f.next, f.seen = upTo, '
+		replace watch_stream.go 'sub.next = upTo + 1' 'sub.next = upTo'
 		;;
 	unguarded-try) # writes although somebody has acquired it since the look
 		expected='exclusion: .* two held it'

@@ -1,0 +1,1297 @@
+package etcdutil
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+)
+
+// A watchUser uses a watch. Its methods are called one at a time, under the mutex of whoever keeps the watch, so they
+// must neither block nor call back.
+type watchUser interface {
+	// history returns what to read before the watch is resumed at next; nothing if there is nothing to check.
+	history(next Revision) []clientv3.Op
+	// checked takes the answer to history, or why there is none.
+	checked(resp *clientv3.TxnResponse, err error) historyVerdict
+	// present returns what to read to find out whether the watched keys are what they were, and unchanged takes the answer.
+	present() []clientv3.Op
+	unchanged(resp *clientv3.TxnResponse) bool
+	// created reports that the watch stands, on a member of this revision.
+	created(rev Revision)
+	// deliver takes whole revisions, and all that happened up to a revision. It reports whether there is room for more.
+	deliver(events []*mvccpb.Event, upTo Revision) (room bool)
+	// compacted reports that etcd no longer has what comes next. The watch is parked.
+	compacted(rev Revision)
+	// failed reports that an attempt failed. It is repeated.
+	failed(err error)
+	// refused reports that the watch is impossible. The watch is parked.
+	refused(err error)
+}
+
+// A historyVerdict says what is to become of a watch whose history was checked.
+type historyVerdict int
+
+const (
+	resumeWatch historyVerdict = iota
+	checkAgain                 // with what history returns now
+	parkWatch
+)
+
+// A watchSub is a watch, whichever stream it is on.
+type watchSub struct {
+	user        watchUser
+	key, end    string
+	prevKV      bool
+	onlyDeletes bool
+	forLock     bool // it is on the stream for locks' keys, and always from now on
+
+	// The source's mutex guards the rest.
+	next    Revision // the first revision that was not delivered; 0: from now on
+	from    Revision // the first revision that is wanted
+	known   Revision // etcd is known to have come so far
+	settled bool     // it has been on the live stream
+	checkAt int64    // how many streams had been opened when the history was last checked
+	epoch   int      // counts changes of state: what was begun before is void
+	stopped bool
+	behind  bool // its reader was: it gets a stream of its own
+	large   bool // a message was too large: it asks for fragments
+	retries int
+	waiting bool // to be created again
+
+	home    *watchStream  // where it is, or is about to be; nil while it is parked
+	current *registration // at home
+	moving  *registration // on the stream that it is to move to
+}
+
+// A watchSource keeps watches.
+type watchSource interface {
+	// streams returns how many streams were opened so far.
+	streams() int64
+	// start begins a watch, and resumes a parked one.
+	start(sub *watchSub)
+	// restart begins a parked watch anew, at a revision, with its history checked when so many streams had been opened.
+	restart(sub *watchSub, next Revision, streams int64)
+	// drained reports that the reader of a watch has room again. It returns true if the watch is parked.
+	drained(sub *watchSub) (parked bool)
+	// locked calls f as the methods of the watch's user are called.
+	locked(f func())
+	// askProgress asks now how far the watch has come.
+	askProgress(sub *watchSub)
+	// stop ends a watch: its user is not called any more.
+	stop(sub *watchSub)
+}
+
+// A registration is a watch on one stream. IDs are never used twice on a stream, because etcd may still send events for
+// an ID that was canceled.
+type registration struct {
+	sub       *watchSub
+	stream    *watchStream
+	id        int64
+	created   bool
+	canceled  bool
+	createdAt Revision        // of the member, when it was created
+	since     time.Time       // when it was created
+	lastEvent time.Time       // when events last came
+	rest      []*mvccpb.Event // of a revision that goes on in the next fragment
+	asked     int             // requests for progress that were sent before this one
+	stale     int             // answers about progress that may be older than the creation
+
+	// Behind etcd's gRPC proxy:
+	lookedAt    time.Time // when the watched keys were last read
+	unchangedAt Revision  // they were unchanged at this revision; 0 if they were not
+}
+
+type streamKind int
+
+const (
+	// liveStream has the watches that are up to date.
+	liveStream streamKind = iota
+	// catchUpStream has watches that begin in the past, until they are up to date.
+	catchUpStream
+	// ownStream has one watch whose reader was behind. It waits for the reader.
+	ownStream
+	// lockStream has the watches of locks' keys.
+	lockStream
+	streamKinds
+)
+
+const (
+	// maxMessage is the largest message that a stream takes. After a larger one its watches ask for fragments. Not before:
+	// the server's time for fragments is quadratic in the number of events.
+	maxMessage = 16 << 20
+	// maxBacklog is how many revisions a watch may be behind and still return to the live stream.
+	maxBacklog = 1000
+	// maxCatchUps and maxOwn limit streams, because a server may limit those of a client.
+	maxCatchUps, maxOwn = 2, 8
+	// catchUpJoins is how long watches may join a catch-up stream.
+	catchUpJoins = time.Second
+	// hubTick is how often a hub looks after its streams.
+	hubTick = 500 * time.Millisecond
+	// progressInterval is how often a stream asks for progress.
+	progressInterval, minProgressInterval = time.Second, 5 * time.Millisecond
+	// pingAfter is after how long without an answer a stream is pinged, idleTimeout after how long it is given up.
+	pingAfter, idleTimeout = time.Second, 4 * time.Second
+	// streamLinger is how long a stream without watches is kept for the next one.
+	streamLinger = time.Second
+	// avoidMember is how long a member that failed is avoided while there are others.
+	avoidMember = 30 * time.Second
+	// maxBrokenBackoff bounds the backoff after a stream that was open, as a number of failures.
+	maxBrokenBackoff = 3
+	// proxyInterval is how often the keys of a quiet watch behind etcd's gRPC proxy are read.
+	proxyInterval = 3 * time.Second
+	// slowReaderGrace is how long a stream of its own waits for a slow reader. Meanwhile etcd keeps in memory what it is
+	// about to send.
+	slowReaderGrace = 4 * time.Second
+)
+
+// watchHub keeps the watches of one client on streams that they share. It has no goroutine of its own: a timer runs while
+// it has streams, and each stream has one that receives and one that sends.
+//
+// A watch that is not up to date silences the progress of its whole stream, and may get a thousand revisions in one
+// message. So it begins on a catch-up stream, and moves to the live stream when progress shows that it is up to date.
+type watchHub struct {
+	client *clientv3.Client
+	ctx    context.Context
+	cancel context.CancelFunc
+	reads  *batchReader
+
+	mu       sync.Mutex
+	ended    bool
+	subs     map[*watchSub]struct{}
+	all      map[*watchStream]struct{}
+	live     *watchStream
+	locks    *watchStream
+	catchUps []*watchStream // those that may still be joined
+	opened   int64
+	known    Revision             // etcd has come at least so far
+	failures [streamKinds]int     // in a row
+	avoided  map[string]time.Time // members that failed, and until when they are avoided
+	timer    *time.Timer
+	released func() // from the client's context
+}
+
+// watchHubs has the hub of each client that has watches.
+var watchHubs = struct {
+	sync.Mutex
+	byClient map[*clientv3.Client]*watchHub
+}{byClient: make(map[*clientv3.Client]*watchHub)}
+
+// sourceOf returns what keeps a client's watches.
+func sourceOf(c *config) watchSource {
+	if isWrapped(c.client) {
+		return &wrappedSource{client: c.client}
+	}
+	return hubRef{c.client}
+}
+
+// isWrapped reports whether the client's Watcher is not clientv3's own, as that of a namespace.
+func isWrapped(client *clientv3.Client) bool {
+	return reflect.TypeOf(client.Watcher) != watcherType
+}
+
+var watcherType = reflect.TypeOf(clientv3.NewWatchFromWatchClient(nil, nil))
+
+// hubRef finds the hub of a client, which ends when it has no watches.
+type hubRef struct{ client *clientv3.Client }
+
+func (r hubRef) streams() int64 {
+	h := r.lock()
+	defer h.mu.Unlock()
+	return h.opened
+}
+
+func (r hubRef) start(sub *watchSub) {
+	h := r.lock()
+	defer h.mu.Unlock()
+	if sub.stopped {
+		return
+	}
+	if err := h.client.Ctx().Err(); err != nil {
+		sub.user.refused(errClientClosed)
+		return
+	}
+	h.subs[sub] = struct{}{}
+	h.known = max(h.known, sub.known)
+	h.place(sub)
+}
+
+func (r hubRef) restart(sub *watchSub, next Revision, streams int64) {
+	h := r.lock()
+	sub.next, sub.from, sub.known, sub.checkAt = next, next, next-1, streams
+	sub.behind, sub.large, sub.settled = false, false, true
+	h.mu.Unlock()
+	r.start(sub)
+}
+
+func (r hubRef) drained(sub *watchSub) (parked bool) {
+	h := r.lock()
+	defer h.mu.Unlock()
+	if sub.home != nil {
+		wake(sub.home.drained)
+	}
+	return sub.home == nil && !sub.waiting
+}
+
+func (r hubRef) askProgress(sub *watchSub) {
+	h := r.lock()
+	defer h.mu.Unlock()
+	if sub.current != nil && sub.current.created {
+		sub.home.askProgress(time.Now())
+	}
+}
+
+func (r hubRef) locked(f func()) {
+	h := r.lock()
+	defer h.mu.Unlock()
+	f()
+}
+
+func (r hubRef) stop(sub *watchSub) {
+	h := r.lock()
+	defer h.mu.Unlock()
+	sub.stopped = true
+	h.park(sub)
+	delete(h.subs, sub)
+}
+
+// lock returns the client's hub, locked.
+func (r hubRef) lock() *watchHub {
+	for {
+		h := watchHubOf(r.client)
+		h.mu.Lock()
+		if !h.ended {
+			return h
+		}
+		h.mu.Unlock()
+	}
+}
+
+func watchHubOf(client *clientv3.Client) *watchHub {
+	watchHubs.Lock()
+	defer watchHubs.Unlock()
+	h := watchHubs.byClient[client]
+	if h == nil {
+		h = newWatchHub(client)
+		watchHubs.byClient[client] = h
+	}
+	return h
+}
+
+func newWatchHub(client *clientv3.Client) *watchHub {
+	h := &watchHub{
+		client:  client,
+		subs:    make(map[*watchSub]struct{}),
+		all:     make(map[*watchStream]struct{}),
+		avoided: make(map[string]time.Time),
+	}
+	// Every watch needs a leader, so that a member that is cut off from the quorum is left.
+	h.ctx, h.cancel = context.WithCancel(clientv3.WithRequireLeader(context.Background()))
+	h.reads = &batchReader{ctx: h.ctx, client: client}
+	stop := context.AfterFunc(client.Ctx(), h.clientClosed)
+	h.released = func() { stop() }
+	h.timer = time.AfterFunc(hubTick, h.tick)
+	return h
+}
+
+func (h *watchHub) clientClosed() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for sub := range h.subs {
+		h.park(sub)
+		sub.user.refused(errClientClosed)
+	}
+	for s := range h.all {
+		s.cancel()
+	}
+}
+
+// place finds a stream for a watch, and puts it there as soon as that is open.
+func (h *watchHub) place(sub *watchSub) {
+	sub.epoch++
+	sub.waiting = false
+	s := h.streamFor(sub)
+	if sub.home != nil && sub.home != s {
+		delete(sub.home.subs, sub)
+	}
+	sub.home = s
+	s.subs[sub] = struct{}{}
+	if s.number > 0 {
+		h.advance(sub)
+	}
+}
+
+// streamFor chooses the stream for a watch that is not on one yet.
+func (h *watchHub) streamFor(sub *watchSub) *watchStream {
+	switch {
+	case sub.forLock:
+		return h.shared(&h.locks, lockStream)
+	case sub.next == 0 || sub.next > h.known || sub.settled && h.known-sub.next < maxBacklog && !sub.behind && !sub.large:
+		return h.shared(&h.live, liveStream)
+	case sub.home != nil && sub.home.takes(sub):
+		return sub.home
+	case sub.behind && h.count(ownStream) < maxOwn:
+		return h.newStream(ownStream, sub.large)
+	}
+	h.catchUps = slices.DeleteFunc(h.catchUps, func(s *watchStream) bool {
+		return s.ended || time.Since(s.born) > catchUpJoins && h.count(catchUpStream) < maxCatchUps
+	})
+	for _, s := range h.catchUps {
+		if s.takes(sub) {
+			return s
+		}
+	}
+	s := h.newStream(catchUpStream, sub.large)
+	h.catchUps = append(h.catchUps, s)
+	return s
+}
+
+// takes reports whether a watch that is not up to date may be on s.
+func (s *watchStream) takes(sub *watchSub) bool {
+	switch {
+	case s.ended || s.closed || s.fragment != sub.large:
+		return false
+	case s.kind == ownStream:
+		return sub.home == s && sub.behind
+	}
+	return s.kind == catchUpStream
+}
+
+func (h *watchHub) count(kind streamKind) (n int) {
+	for s := range h.all {
+		if s.kind == kind {
+			n++
+		}
+	}
+	return n
+}
+
+// shared returns the stream of a kind of which there is one.
+func (h *watchHub) shared(s **watchStream, kind streamKind) *watchStream {
+	if *s == nil || (*s).ended || (*s).closed {
+		*s = h.newStream(kind, false)
+	}
+	return *s
+}
+
+func (h *watchHub) newStream(kind streamKind, fragment bool) *watchStream {
+	now := time.Now()
+	s := &watchStream{
+		hub:      h,
+		kind:     kind,
+		fragment: fragment,
+		born:     now,
+		heard:    now,
+		used:     now,
+		subs:     make(map[*watchSub]struct{}),
+		byID:     make(map[int64]*registration),
+		ready:    make(chan struct{}, 1),
+		drained:  make(chan struct{}, 1),
+	}
+	s.ctx, s.cancel = context.WithCancel(h.ctx)
+	h.all[s] = struct{}{}
+	var delay time.Duration
+	if failed := h.failures[kind]; failed > 0 {
+		delay = RetryPolicy{}.withDefaults().backoff(failed)
+	}
+	go s.run(delay, h.failures[kind]) // until it fails, or has no watches
+	return s
+}
+
+// advance checks the history of a watch that is about to be created on an open stream, or creates it.
+//
+// The check comes after the stream was opened. If etcd is restored after that, the stream breaks.
+func (h *watchHub) advance(sub *watchSub) {
+	if sub.checkAt < sub.home.number && sub.next != 0 && !sub.forLock {
+		if ops := sub.user.history(sub.next); len(ops) > 0 {
+			epoch, opened := sub.epoch, h.opened
+			h.reads.add(readRequest{
+				ops:    ops,
+				failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
+				done: func(resp *clientv3.TxnResponse, err error) {
+					h.whileIn(sub, epoch, func() { h.checked(sub, opened, resp, err) })
+				},
+			})
+			return
+		}
+	}
+	h.create(sub, sub.home)
+}
+
+// whileIn calls f unless the state of the watch has changed since epoch.
+func (h *watchHub) whileIn(sub *watchSub, epoch int, f func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if sub.epoch == epoch && !sub.stopped {
+		f()
+	}
+}
+
+func (h *watchHub) checked(sub *watchSub, opened int64, resp *clientv3.TxnResponse, err error) {
+	switch sub.user.checked(resp, err) {
+	case parkWatch:
+		h.park(sub)
+		return
+	case checkAgain:
+		h.place(sub)
+		return
+	}
+	sub.checkAt = opened
+	if resp != nil {
+		h.known = max(h.known, resp.Header.Revision)
+	}
+	h.place(sub)
+}
+
+// create has a watch created on an open stream: at home, or on the stream that it is to move to.
+func (h *watchHub) create(sub *watchSub, s *watchStream) {
+	s.lastID++
+	r := &registration{sub: sub, stream: s, id: s.lastID}
+	if sub.current == nil {
+		sub.current = r
+	} else {
+		sub.moving = r
+	}
+	s.subs[sub] = struct{}{}
+	s.toCreate = append(s.toCreate, r)
+	s.sendCreates()
+}
+
+// park takes a watch off its streams.
+func (h *watchHub) park(sub *watchSub) {
+	sub.epoch++
+	for _, r := range []*registration{sub.current, sub.moving} {
+		if r != nil {
+			r.drop()
+			delete(r.stream.subs, sub)
+		}
+	}
+	if sub.home != nil {
+		delete(sub.home.subs, sub)
+	}
+	sub.home, sub.current, sub.moving, sub.waiting = nil, nil, nil, false
+}
+
+// again creates a watch anew after a while.
+func (h *watchHub) again(sub *watchSub) {
+	h.park(sub)
+	sub.retries++
+	sub.waiting = true
+	epoch := sub.epoch
+	time.AfterFunc(RetryPolicy{}.withDefaults().backoff(sub.retries), func() {
+		h.whileIn(sub, epoch, func() { h.place(sub) })
+	})
+}
+
+// move has a watch that is up to date created on the live stream. What both streams send is dropped the second time.
+func (h *watchHub) move(sub *watchSub) {
+	if sub.moving != nil {
+		return
+	}
+	s := h.streamToMoveTo(sub)
+	switch {
+	case s.number == 0: // later
+		s.used = time.Now()
+	case s.number > sub.checkAt && !sub.forLock:
+		// The live stream may have been opened after a restore that this one has yet to notice.
+		h.park(sub)
+		sub.behind, sub.large = false, false
+		h.place(sub)
+	default:
+		h.create(sub, s)
+	}
+}
+
+func (h *watchHub) streamToMoveTo(sub *watchSub) *watchStream {
+	if sub.forLock {
+		return h.shared(&h.locks, lockStream)
+	}
+	return h.shared(&h.live, liveStream)
+}
+
+// tick looks after the streams. It ends the hub when it has neither streams nor watches.
+func (h *watchHub) tick() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	now := time.Now()
+	for s := range h.all {
+		s.tick(now)
+	}
+	if len(h.all) == 0 && len(h.subs) == 0 {
+		h.ended = true
+		h.cancel()
+		h.released()
+		watchHubs.Lock()
+		defer watchHubs.Unlock()
+		delete(watchHubs.byClient, h.client)
+		return
+	}
+	h.timer.Reset(hubTick)
+}
+
+// avoid has a member avoided for a while.
+func (h *watchHub) avoid(member string) {
+	if member != "" {
+		h.avoided[member] = time.Now().Add(avoidMember)
+	}
+}
+
+func (h *watchHub) avoids(member string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return time.Now().Before(h.avoided[member])
+}
+
+// streamEnded finds another stream for the watches of one that ended.
+func (h *watchHub) streamEnded(s *watchStream, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.all, s)
+	s.ended = true
+	tooLarge := isTooLarge(err)
+	switch {
+	case s.answered:
+		h.failures[s.kind] = 0
+	case len(s.subs) == 0:
+	case s.number > 0:
+		// It may break again and again. Those that wait must not miss the time in between.
+		h.failures[s.kind] = min(h.failures[s.kind]+1, maxBrokenBackoff)
+	default:
+		h.failures[s.kind]++
+	}
+	if len(s.subs) > 0 && !tooLarge && !s.stalledOut {
+		h.avoid(s.member)
+	}
+	err = s.reason(err)
+	for _, sub := range slices.Collect(maps.Keys(s.subs)) {
+		h.streamLost(sub, s, err, tooLarge)
+	}
+}
+
+// streamLost takes a watch off a stream that ended.
+func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge bool) {
+	delete(s.subs, sub)
+	if sub.moving != nil && sub.moving.stream == s {
+		sub.moving = nil
+	}
+	if sub.home != s {
+		return
+	}
+	sub.current, sub.home = nil, nil
+	sub.large = sub.large || tooLarge
+	if sub.moving != nil {
+		sub.current, sub.home, sub.moving = sub.moving, sub.moving.stream, nil
+		return
+	}
+	if h.client.Ctx().Err() != nil {
+		return
+	}
+	if !tooLarge && !s.stalledOut {
+		sub.user.failed(err)
+	}
+	h.place(sub)
+}
+
+// A watchStream is a gRPC stream for watches, from when it is opened until it fails.
+type watchStream struct {
+	hub      *watchHub
+	kind     streamKind
+	fragment bool
+	ctx      context.Context
+	cancel   context.CancelFunc
+	born     time.Time
+	ready    chan struct{} // there is something to send
+	drained  chan struct{} // the reader that an ownStream waits for has come on
+
+	// hub.mu guards the rest.
+	number   int64  // in the order of opening; 0 until it is open
+	member   string // at the other end
+	ended    bool
+	closed   bool // takes no new watches, since its token expired
+	direct   bool // etcd itself is at the other end: it answers in order, with our IDs
+	proxied  bool // etcd's gRPC proxy is: it chooses the IDs, and answers no request for progress
+	subs     map[*watchSub]struct{}
+	byID     map[int64]*registration
+	lastID   int64
+	toCreate []*registration // not sent yet
+	creating []*registration // sent and not answered, in order; nil is a ping
+	out      []*pb.WatchRequest
+
+	answered   bool
+	heard      time.Time // when the last answer came
+	pinged     bool      // and not answered
+	asked      int       // how many requests for progress were sent
+	settled    int       // how many of them were answered or dropped
+	askedAt    time.Time // when the last was sent
+	used       time.Time // when it last had watches
+	stalledOut bool      // it waited too long for its reader
+	idle       bool      // it was given up because it did not answer
+}
+
+func (s *watchStream) run(delay time.Duration, failed int) {
+	var err error
+	if delay > 0 {
+		sleep(s.ctx, delay)
+		redial(s.hub.client)
+	}
+	timeout := time.AfterFunc(2*time.Second<<min(failed, 4), s.cancel) // it may wait for a token from a member that is stuck
+	rpc, err := s.open()
+	timeout.Stop()
+	if err == nil {
+		s.opened(rpc)
+		var sending sync.WaitGroup
+		sending.Go(func() { s.send(rpc) }) // until ctx ends
+		err = s.receive(rpc)
+		s.cancel()
+		sending.Wait()
+	}
+	s.cancel()
+	s.hub.streamEnded(s, err)
+}
+
+// open opens the stream to another member than those that are avoided, if it can: gRPC takes them in turn. A stream that it
+// does not take is closed at once.
+func (s *watchStream) open() (pb.Watch_WatchClient, error) {
+	remote, limit := pb.NewWatchClient(s.hub.client.ActiveConnection()), maxMessage
+	if s.fragment {
+		limit = math.MaxInt32 // a single event may be larger than fragments are
+	}
+	for tries := 2 * len(s.hub.client.Endpoints()); ; tries-- {
+		ctx, cancel := context.WithCancel(s.ctx)
+		rpc, err := remote.Watch(ctx, grpc.MaxCallRecvMsgSize(limit))
+		if err != nil {
+			cancel()
+			return nil, err
+		}
+		s.member = peerOf(rpc.Context())
+		if tries <= 1 || !s.hub.avoids(s.member) {
+			context.AfterFunc(s.ctx, cancel)
+			return rpc, nil
+		}
+		cancel()
+	}
+}
+
+// peerOf returns the address at the other end of a stream.
+func peerOf(ctx context.Context) string {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return ""
+	}
+	return p.Addr.String()
+}
+
+func (s *watchStream) opened(rpc pb.Watch_WatchClient) {
+	h := s.hub
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.opened++
+	s.number = h.opened
+	s.heard = time.Now()
+	for _, sub := range slices.Collect(maps.Keys(s.subs)) {
+		if sub.home == s && sub.current == nil {
+			h.advance(sub)
+		}
+	}
+}
+
+// send has a goroutine of its own, because flow control can block it.
+func (s *watchStream) send(rpc pb.Watch_WatchClient) {
+	for {
+		for _, r := range s.takeOut() {
+			if rpc.Send(r) != nil {
+				return // receive gets the reason
+			}
+		}
+		select {
+		case <-s.ready:
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *watchStream) takeOut() []*pb.WatchRequest {
+	s.hub.mu.Lock()
+	defer s.hub.mu.Unlock()
+	out := s.out
+	s.out = nil
+	return out
+}
+
+func (s *watchStream) push(r *pb.WatchRequest) {
+	s.out = append(s.out, r)
+	wake(s.ready)
+}
+
+// sendCreates sends what is to be created: one at a time until etcd itself is known to be at the other end.
+func (s *watchStream) sendCreates() {
+	for len(s.toCreate) > 0 && (s.direct || len(s.creating) == 0) {
+		r := s.toCreate[0]
+		s.toCreate = s.toCreate[1:]
+		if r.canceled {
+			continue
+		}
+		r.asked = s.asked
+		s.creating = append(s.creating, r)
+		s.push(r.request())
+	}
+}
+
+func (r *registration) request() *pb.WatchRequest {
+	create := &pb.WatchCreateRequest{
+		Key:           []byte(r.sub.key),
+		RangeEnd:      []byte(r.sub.end),
+		StartRevision: r.sub.next,
+		PrevKv:        r.sub.prevKV,
+		WatchId:       r.id,
+		Fragment:      r.stream.fragment,
+	}
+	if r.sub.onlyDeletes {
+		create.Filters = []pb.WatchCreateRequest_FilterType{pb.WatchCreateRequest_NOPUT}
+	}
+	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: create}}
+}
+
+// pingRequest is refused at once, and so answered, whether the stream's watches are up to date or not: the range is empty and
+// the revision is negative.
+func pingRequest() *pb.WatchRequest {
+	create := &pb.WatchCreateRequest{Key: []byte{1, 1}, RangeEnd: []byte{1}, StartRevision: -1}
+	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: create}}
+}
+
+func cancelRequest(id int64) *pb.WatchRequest {
+	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CancelRequest{CancelRequest: &pb.WatchCancelRequest{WatchId: id}}}
+}
+
+func progressRequest() *pb.WatchRequest {
+	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_ProgressRequest{ProgressRequest: &pb.WatchProgressRequest{}}}
+}
+
+// drop cancels a registration: what still comes of it is dropped.
+func (r *registration) drop() {
+	if r.canceled {
+		return
+	}
+	r.canceled = true
+	r.rest = nil
+	if r.created {
+		delete(r.stream.byID, r.id)
+		r.stream.push(cancelRequest(r.id))
+	}
+}
+
+func (s *watchStream) tick(now time.Time) {
+	if len(s.subs) > 0 {
+		s.used = now
+	} else if s.kind == catchUpStream || s.kind == ownStream || s.closed || now.Sub(s.used) >= streamLinger {
+		s.cancel()
+		return
+	}
+	if s.number == 0 {
+		return
+	}
+	quiet := now.Sub(s.heard)
+	switch {
+	case len(s.creating) > 0 && quiet >= idleTimeout<<min(s.hub.failures[s.kind], 3):
+		s.idle = true
+		s.cancel()
+		return
+	case !s.pinged && quiet >= pingAfter && (s.direct || len(s.creating) == 0):
+		s.pinged = true
+		s.creating = append(s.creating, nil)
+		s.push(pingRequest())
+	}
+	switch {
+	case s.kind == lockStream || len(s.byID) == 0:
+	case s.proxied:
+		s.lookForProgress(now)
+	case s.kind != liveStream || now.Sub(s.askedAt) >= progressInterval:
+		s.askProgress(now)
+	}
+	if s.kind == catchUpStream || s.kind == ownStream {
+		s.moveQuiet(now)
+	}
+}
+
+func (s *watchStream) askProgress(now time.Time) {
+	if s.proxied || now.Sub(s.askedAt) < minProgressInterval {
+		return
+	}
+	s.askedAt = now
+	s.asked++
+	s.push(progressRequest())
+}
+
+// lookForProgress moves watches on that got nothing, where etcd's gRPC proxy is at the other end. It sends no progress. If the
+// watched keys are what they were, and no event comes for a while after that was read, nothing is under way either.
+func (s *watchStream) lookForProgress(now time.Time) {
+	for _, r := range s.byID {
+		if now.Sub(r.lookedAt) < proxyInterval || r.sub.current != r {
+			continue
+		}
+		if sub := r.sub; r.unchangedAt >= sub.next && r.lastEvent.Before(r.lookedAt) {
+			sub.next = r.unchangedAt + 1
+			sub.user.deliver(nil, r.unchangedAt)
+		}
+		r.lookedAt, r.unchangedAt = now, 0
+		s.lookAt(r)
+	}
+}
+
+func (s *watchStream) lookAt(r *registration) {
+	epoch := r.sub.epoch
+	s.hub.reads.add(readRequest{
+		ops:    r.sub.user.present(),
+		failed: func(error) {},
+		done: func(resp *clientv3.TxnResponse, err error) {
+			s.hub.whileIn(r.sub, epoch, func() {
+				if err == nil && r.sub.user.unchanged(resp) {
+					r.unchangedAt = resp.Header.Revision
+				}
+			})
+		},
+	})
+}
+
+// moveQuiet moves watches that got nothing for a while. etcd brings those up to date first, but sends no progress while
+// another one is not.
+func (s *watchStream) moveQuiet(now time.Time) {
+	for _, r := range slices.Collect(maps.Values(s.byID)) {
+		if now.Sub(r.since) > 3*time.Second && now.Sub(r.lastEvent) > 2*time.Second && r.rest == nil && r.sub.current == r {
+			s.hub.move(r.sub)
+		}
+	}
+}
+
+// receive takes answers until the stream fails.
+func (s *watchStream) receive(rpc pb.Watch_WatchClient) error {
+	for {
+		resp, err := rpc.Recv()
+		if err != nil {
+			return err
+		}
+		if full := s.handle(resp); full && !s.waitForReader() {
+			return errReaderBehind
+		}
+	}
+}
+
+var (
+	errReaderBehind = errors.New("the reader is behind")
+	errIdle         = errors.New("the watch stream does not answer")
+)
+
+// reason is why the stream ended.
+func (s *watchStream) reason(err error) error {
+	switch {
+	case s.idle:
+		return fmt.Errorf("%w (member %s)", errIdle, s.member)
+	case s.number == 0 && s.ctx.Err() != nil && s.hub.ctx.Err() == nil && isContextError(err):
+		return fmt.Errorf("the watch stream is not opened in time: %w", err)
+	}
+	return rpctypes.Error(err)
+}
+
+// waitForReader waits for the reader of an ownStream. It reports whether the reader has come on.
+func (s *watchStream) waitForReader() bool {
+	timeout := time.NewTimer(slowReaderGrace)
+	defer timeout.Stop()
+	select {
+	case <-s.drained:
+		s.hub.mu.Lock()
+		defer s.hub.mu.Unlock()
+		s.heard = time.Now()
+		return true
+	case <-s.ctx.Done():
+		return false
+	case <-timeout.C:
+	}
+	h := s.hub
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	select {
+	case <-s.drained:
+		s.heard = time.Now()
+		return true
+	default:
+	}
+	s.stalledOut = true
+	for _, sub := range slices.Collect(maps.Keys(s.subs)) {
+		h.park(sub)
+	}
+	return false
+}
+
+// handle takes an answer. It reports whether the reader of an ownStream has no room for more.
+func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
+	s.hub.mu.Lock()
+	defer s.hub.mu.Unlock()
+	s.answered, s.heard = true, time.Now()
+	s.hub.failures[s.kind] = 0
+	switch {
+	case resp.Created:
+		s.handleCreated(resp)
+	case resp.Canceled || resp.CompactRevision != 0:
+		s.handleCanceled(resp)
+	case len(resp.Events) == 0:
+		s.handleProgress(resp)
+	default:
+		return s.handleEvents(resp)
+	}
+	return false
+}
+
+// handleCreated takes the answer to the oldest request.
+func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
+	if len(s.creating) == 0 {
+		return
+	}
+	r := s.creating[0]
+	s.creating = s.creating[1:]
+	defer s.sendCreates()
+	switch {
+	case r == nil:
+		s.pinged = false
+		return
+	case resp.Canceled:
+		s.handleRefused(r, resp)
+		return
+	}
+	if resp.WatchId != r.id {
+		s.proxied = true
+	}
+	s.direct = !s.proxied
+	r.id = resp.WatchId
+	r.created, r.createdAt, r.since = true, resp.Header.GetRevision(), time.Now()
+	r.stale = max(r.asked-s.settled, 0)
+	if r.canceled {
+		s.push(cancelRequest(r.id))
+		return
+	}
+	s.byID[r.id] = r
+	sub := r.sub
+	sub.retries = 0
+	sub.settled = sub.settled || s.kind == liveStream
+	if sub.moving == r {
+		s.hub.arrived(sub)
+		return
+	}
+	if sub.next == 0 && !sub.forLock {
+		sub.next = r.createdAt + 1
+		sub.from = max(sub.from, sub.next)
+	}
+	sub.user.created(r.createdAt)
+	if sub.forLock {
+		s.hub.readKey(sub)
+	}
+}
+
+// readKey reads the key of a watch that was created from now on: it may have been deleted before.
+func (h *watchHub) readKey(sub *watchSub) {
+	epoch := sub.epoch
+	h.reads.add(readRequest{
+		ops:    sub.user.history(0),
+		failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
+		done: func(resp *clientv3.TxnResponse, err error) {
+			h.whileIn(sub, epoch, func() {
+				if sub.user.checked(resp, err) == checkAgain {
+					h.again(sub)
+				}
+			})
+		},
+	})
+}
+
+// arrived ends a watch on the stream that it has moved from.
+func (h *watchHub) arrived(sub *watchSub) {
+	from := sub.home
+	sub.current.drop()
+	delete(from.subs, sub)
+	sub.current, sub.home, sub.moving = sub.moving, sub.moving.stream, nil
+	sub.behind, sub.large, sub.settled = false, false, true
+	if sub.forLock {
+		h.readKey(sub)
+	}
+}
+
+// handleRefused takes a refusal. It harms no other watch.
+func (s *watchStream) handleRefused(r *registration, resp *pb.WatchResponse) {
+	h, sub := s.hub, r.sub
+	err := watchRefusal(resp.CancelReason)
+	expired := statusOf(err).code == codes.Unauthenticated || errors.Is(err, rpctypes.ErrAuthOldRevision)
+	if expired {
+		// The token that the stream was opened with has expired. Its watches go on.
+		s.closed = true
+		s.kind = catchUpStream
+	}
+	switch {
+	case r.canceled:
+	case sub.moving == r:
+		sub.moving = nil
+		if sub.home != s {
+			delete(s.subs, sub)
+		}
+	case expired:
+		h.park(sub)
+		h.place(sub)
+	case errors.Is(err, rpctypes.ErrPermissionDenied):
+		if sub.forLock {
+			sub.user.refused(err)
+			h.again(sub)
+			return
+		}
+		h.park(sub)
+		sub.user.refused(err)
+	default:
+		sub.user.failed(err)
+		h.again(sub)
+	}
+}
+
+// watchRefusal is the error for etcd's reason, which it sends as text.
+func watchRefusal(reason string) error {
+	for _, err := range []error{rpctypes.ErrPermissionDenied, rpctypes.ErrInvalidAuthToken, rpctypes.ErrAuthOldRevision} {
+		if strings.Contains(reason, err.Error()) {
+			return err
+		}
+	}
+	if strings.Contains(reason, rpctypes.ErrUserEmpty.Error()) {
+		return rpctypes.ErrInvalidAuthToken // authentication was enabled after the stream was opened
+	}
+	return fmt.Errorf("the watch is refused: %s", reason)
+}
+
+func (s *watchStream) handleCanceled(resp *pb.WatchResponse) {
+	r := s.byID[resp.WatchId]
+	if r == nil {
+		return // the answer to our own request
+	}
+	r.drop() // a compacted watch silences the progress of its stream until it is canceled
+	h, sub := s.hub, r.sub
+	if sub.moving == r {
+		sub.moving = nil
+		if sub.home != s {
+			delete(s.subs, sub)
+		}
+		return
+	}
+	compacted := resp.CompactRevision
+	switch {
+	case compacted <= sub.next || sub.forLock:
+		// Canceled for another reason, or by a member that lags: it took its leader's snapshot, in which nothing is known
+		// of progress.
+		h.again(sub)
+	case compacted <= sub.from:
+		sub.next = compacted // nothing was lost
+		h.again(sub)
+	default:
+		h.park(sub)
+		sub.user.compacted(compacted)
+	}
+}
+
+// handleProgress takes the revision that all watches of the stream have come to. It counts for a watch if the answer was made
+// after the watch was created. That is certain if it is newer than the creation, or if all requests that were sent before
+// are settled: etcd handles requests, and sends answers about progress, in order.
+func (s *watchStream) handleProgress(resp *pb.WatchResponse) {
+	rev := resp.Header.GetRevision()
+	s.hub.known = max(s.hub.known, rev)
+	s.settled = min(s.settled+1, s.asked)
+	for _, r := range s.byID {
+		if rev > r.createdAt {
+			s.settled = min(max(s.settled, r.asked+1), s.asked)
+		}
+	}
+	for _, r := range s.byID {
+		fresh := rev > r.createdAt || r.stale == 0
+		r.stale = max(r.stale-1, 0)
+		if sub := r.sub; fresh && r.rest == nil && sub.current == r {
+			s.progressed(sub, rev)
+		}
+	}
+}
+
+func (s *watchStream) progressed(sub *watchSub, rev Revision) {
+	if rev >= sub.next && !sub.forLock {
+		sub.next = rev + 1
+		sub.user.deliver(nil, rev)
+	}
+	if s.kind == catchUpStream || s.kind == ownStream {
+		s.hub.move(sub)
+	}
+}
+
+// handleEvents passes on whole revisions. It reports whether the reader of an ownStream has no room for more.
+func (s *watchStream) handleEvents(resp *pb.WatchResponse) (full bool) {
+	r := s.byID[resp.WatchId]
+	if r == nil {
+		return false
+	}
+	r.lastEvent = s.heard
+	events := resp.Events
+	if r.rest != nil {
+		events = append(r.rest, events...)
+		r.rest = nil
+	}
+	if resp.Fragment {
+		events, r.rest = splitLastRevision(events)
+	}
+	sub := r.sub
+	if sub.current != r || len(events) == 0 {
+		return false // it moves here, and the other stream goes on until then
+	}
+	upTo := events[len(events)-1].Kv.ModRevision
+	if sub.forLock {
+		sub.user.deliver(events, upTo)
+		return false
+	}
+	if upTo < sub.next {
+		return false // sent twice
+	}
+	first := 0
+	for events[first].Kv.ModRevision < sub.next {
+		first++
+	}
+	sub.next = upTo + 1
+	s.hub.known = max(s.hub.known, upTo)
+	room := sub.user.deliver(events[first:], upTo)
+	switch {
+	case room:
+		return false
+	case s.kind == catchUpStream && len(s.subs) == 1:
+		s.kind = ownStream
+		sub.behind = true
+		fallthrough
+	case s.kind == ownStream:
+		return true
+	}
+	if resp.Fragment {
+		sub.large = true
+	}
+	sub.behind = true
+	s.hub.park(sub)
+	return false
+}
+
+// splitLastRevision splits off the events of the last revision, which may not be all.
+func splitLastRevision(events []*mvccpb.Event) (whole, rest []*mvccpb.Event) {
+	n := len(events)
+	for n > 0 && events[n-1].Kv.ModRevision == events[len(events)-1].Kv.ModRevision {
+		n--
+	}
+	return events[:n:n], slices.Clone(events[n:])
+}
+
+// A readRequest is for a batchReader.
+type readRequest struct {
+	ops    []clientv3.Op
+	failed func(err error)                             // an attempt failed, and is repeated
+	done   func(resp *clientv3.TxnResponse, err error) // with as many responses as ops
+}
+
+// batchReader reads for many in few transactions. It has goroutines only while there is something to read.
+type batchReader struct {
+	ctx    context.Context
+	client *clientv3.Client
+
+	mu      sync.Mutex
+	queue   []readRequest
+	running int
+}
+
+const (
+	maxReaders = 4
+	// maxBatch is how many operations are read at once; etcd takes 128.
+	maxBatch = 100
+)
+
+func (b *batchReader) add(r readRequest) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.queue = append(b.queue, r)
+	if b.running < maxReaders {
+		b.running++
+		go b.run() // until the queue is empty
+	}
+}
+
+func (b *batchReader) run() {
+	for {
+		batch := b.take()
+		if len(batch) == 0 {
+			return
+		}
+		b.read(batch)
+	}
+}
+
+func (b *batchReader) take() []readRequest {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n, ops := 0, 0
+	for n < len(b.queue) && (n == 0 || ops+len(b.queue[n].ops) <= maxBatch) {
+		ops += len(b.queue[n].ops)
+		n++
+	}
+	batch := b.queue[:n:n]
+	b.queue = b.queue[n:]
+	if n == 0 {
+		b.queue = nil
+		b.running--
+	}
+	return batch
+}
+
+// read repeats a batch until it is answered. If it is refused, each request is read by itself.
+func (b *batchReader) read(batch []readRequest) {
+	var ops []clientv3.Op
+	for _, r := range batch {
+		ops = append(ops, r.ops...)
+	}
+	policy := RetryPolicy{}.withDefaults()
+	for failed := 1; ; failed++ {
+		resp, timedOut, err := attemptOnce(b.ctx, b.client, time.Second<<min(failed-1, 2), func(ctx context.Context) (*clientv3.TxnResponse, error) {
+			return b.client.Txn(ctx).Then(ops...).Commit()
+		})
+		switch {
+		case err == nil:
+			for _, r := range batch {
+				n := len(r.ops)
+				part := &clientv3.TxnResponse{Header: resp.Header, Succeeded: resp.Succeeded, Responses: resp.Responses[:n]}
+				resp.Responses = resp.Responses[n:]
+				r.done(part, nil)
+			}
+			return
+		case b.ctx.Err() != nil || b.client.Ctx().Err() != nil:
+			return
+		case timedOut || IsTransient(err):
+			for _, r := range batch {
+				r.failed(err)
+			}
+			sleep(b.ctx, policy.backoff(min(failed, maxBrokenBackoff)))
+		case len(batch) == 1:
+			batch[0].done(nil, err)
+			return
+		default:
+			for i := range batch {
+				b.read(batch[i : i+1])
+			}
+			return
+		}
+	}
+}
