@@ -47,7 +47,8 @@ type cleanup struct {
 	ctx    context.Context // for its values; see over
 	config *config
 	what   string
-	// remove is called again after the duration that it returns, unless that is 0, and after an error.
+	// remove is called again after the duration that it returns, unless that is 0, and after an
+	// error.
 	remove func(ctx context.Context) (again time.Duration, err error)
 	// over reports that nothing is left to remove.
 	over func() bool
@@ -84,8 +85,8 @@ var cleaners = struct {
 	byClient map[*clientv3.Client]*cleaner
 }{byClient: make(map[*clientv3.Client]*cleaner)}
 
-// schedule has the cleanup run at once, or once more if it is running. The channel is closed when it
-// has run.
+// schedule has the cleanup run at once, or once more if it is running. The channel is closed when
+// it has run.
 func (job *cleanup) schedule() <-chan struct{} {
 	cleaners.Lock()
 	defer cleaners.Unlock()
@@ -281,8 +282,8 @@ func revokeInBackground(ctx context.Context, c *config, id clientv3.LeaseID, ttl
 	job.runInBackground()
 }
 
-// removeKeys deletes the keys that are attached to the lease. A delete is guarded by the key's create
-// revision: if it arrives late it deletes no key that was created since.
+// removeKeys deletes the keys that are attached to the lease. A delete is guarded by the key's
+// create revision: if it arrives late it deletes no key that was created since.
 func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string) error {
 	for batch := range slices.Chunk(keys, 64) {
 		var gets, deletes []clientv3.Op
@@ -310,25 +311,6 @@ func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseI
 		}
 	}
 	return nil
-}
-
-// removeRepeatedly calls remove until it succeeds, and then for repeatFor, because the write that it
-// undoes may still arrive. It ends when ctx or the client does, or when remove fails for good.
-func removeRepeatedly(ctx context.Context, c *config, what string, repeatFor time.Duration, remove func(ctx context.Context) error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(c.client.Ctx(), cancel)()
-	var until time.Time
-	for pause := defaultInitial; ; pause = min(2*pause, lateWindow/10) {
-		_, err := retry(ctx, c, untilDone, what, func(ctx context.Context) (struct{}, error) { return struct{}{}, remove(ctx) })
-		if until.IsZero() {
-			until = time.Now().Add(repeatFor)
-		}
-		if err != nil || !time.Now().Before(until) {
-			return
-		}
-		sleep(ctx, pause)
-	}
 }
 
 // inBackground runs f and waits for it only as long as it takes when etcd can be reached. What a

@@ -20,9 +20,18 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Lease is a lease that is kept alive. It is a context.Context, which ends on Close, when its parent ends, and when the
-// lease is lost: before the server can give its keys away (ErrLeaseExpired), or when the server no longer knows it
-// (ErrLeaseRevoked; noticed at the next renewal).
+// Lease is a lease that is kept alive: attach keys to its [Lease.ID], run under it as a context,
+// and call Close. Its context ends before the server can expire the lease: at the send time of the
+// last acknowledged renewal, plus TTL, minus a margin. It has no goroutine of its own.
+//
+// Err returns context.Canceled or context.DeadlineExceeded, as of any context. [context.Cause]
+// returns why the lease ended:
+//   - [ErrClosed] after Close.
+//   - [ErrLeaseExpired] if it was not renewed in time. It wraps what the last renewal failed with.
+//   - [ErrLeaseRevoked] if the server no longer knows the lease. The next renewal notices that.
+//   - The parent's cause.
+//
+// All methods are safe for concurrent use.
 type Lease struct {
 	lifetime
 	config   config
@@ -55,8 +64,8 @@ const unlimited = -1
 // maxLeaseTTL is etcd's own bound.
 const maxLeaseTTL = 9_000_000_000 * time.Second
 
-// A LeaseOption shapes a lease. It is a LockOption too: there it shapes the lock's own lease, and is refused beside
-// WithLease.
+// A LeaseOption shapes a lease. It is a LockOption too: it shapes the lock's own lease, and cannot
+// be combined with WithLease.
 type LeaseOption interface {
 	LockOption
 	applyLease(*leaseConfig)
@@ -83,22 +92,24 @@ type renewalOption struct{ leaseOption }
 
 func (o renewalOption) applyRegister(c *registerConfig) { o.applyLease(&c.leaseConfig) }
 
-// WithKeepAliveInterval sets the time from one renewal to the next; default a third of the granted TTL, or half of what a
-// large margin leaves of it. It must be positive and less than the TTL. If it is longer than TTL less margin, the lease runs
-// out before it is renewed.
+// WithKeepAliveInterval sets the time from one renewal to the next. It must be positive and less
+// than the TTL. The default is a third of the granted TTL, or half of what a large margin leaves of
+// it. A lease whose interval is longer than TTL minus margin expires before it is renewed.
 func WithKeepAliveInterval(d time.Duration) RenewalOption {
 	return renewalOption{func(c *leaseConfig) { c.interval = &d }}
 }
 
-// WithMaxKeepAlives has the lease renewed n times at most, and then run out (ErrLeaseExpired). 0 means never renewed;
-// without this option there is no limit. n must not be negative.
+// WithMaxKeepAlives limits how often the lease is renewed. After n renewals it expires, with
+// [ErrLeaseExpired]. 0 means that it is never renewed. n must not be negative. The default is no
+// limit.
 func WithMaxKeepAlives(n int) LeaseOption {
 	return leaseOption(func(c *leaseConfig) { c.max = &n })
 }
 
-// WithExpiryMargin sets how long before the server may give the lease's keys away its context ends; default a tenth of
-// the granted TTL. It must not be negative and be less than the TTL. It is the time that work has to stop in, and
-// covers the drift between the clocks of client and server during one TTL.
+// WithExpiryMargin sets how long before the server can expire the lease its context ends. It must
+// be at least 0 and less than the TTL. The default is a tenth of the granted TTL. The margin is the
+// time that work has to stop in. It must cover the drift between the clocks of client and server
+// during one TTL.
 func WithExpiryMargin(d time.Duration) RenewalOption {
 	return renewalOption{func(c *leaseConfig) { c.margin = &d }}
 }
@@ -147,12 +158,18 @@ func wholeSeconds(d time.Duration) int64 {
 
 // NewLease grants a lease and keeps it alive until Close, until ctx ends, or until it is lost.
 //
-// ctx is the lease's parent, as in context.WithCancel: when it ends, the lease's context ends and renewal stops, but
-// the server keeps the lease until Close, or until its TTL has passed. ttl must be positive; it is rounded up to
-// seconds, and the server may grant more (etcd grants at least 2 s by default).
+// ctx is the lease's parent, as in context.WithCancel. When it ends, the lease's context ends and
+// the lease is no longer renewed, but the server keeps it until Close, or until its TTL has passed.
+// ttl must be positive. It is rounded up to seconds, and the server may grant more: etcd grants 2 s
+// at least by default.
 //
-// The request is retried as [RetryPolicy] says. If NewLease fails, whatever it may have left on the server is revoked
-// behind it, and runs out with the TTL at the latest. A lease whose time was over when the answer came is ErrLeaseExpired.
+// The request is retried as [RetryPolicy] says. On failure, any lease it created is revoked in the
+// background, or expires. A client from clientv3.NewCtxClient has no connection and is refused.
+//
+// Errors:
+//   - What etcd answered, or why there was no connection.
+//   - ctx's end.
+//   - [ErrLeaseExpired] if the lease was granted, but its time was over when the answer came.
 func NewLease(ctx context.Context, client *clientv3.Client, ttl time.Duration, opts ...LeaseOption) (*Lease, error) {
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
@@ -206,8 +223,8 @@ type grant struct {
 	since time.Time
 }
 
-// grantLease chooses the lease's ID itself, so that a repeated request leaves no second lease. It goes
-// below clientv3.Lease, which cannot choose.
+// grantLease chooses the lease's ID itself, so that a repeated request leaves no second lease. It
+// goes below clientv3.Lease, which cannot choose.
 func grantLease(ctx context.Context, c *config, seconds int64) (grant, error) {
 	r := grantRequest{config: c, seconds: seconds, remote: clientv3.RetryLeaseClient(c.client)}
 	r.chooseID()
@@ -269,7 +286,8 @@ func (r *grantRequest) send(ctx context.Context) (grant, error) {
 	}
 }
 
-// revokeLease returns nil if the server does not know the lease: another attempt may have revoked it.
+// revokeLease returns nil if the server does not know the lease: another attempt may have revoked
+// it.
 func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
 	if _, err := c.client.Revoke(ctx, id); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return err
@@ -277,36 +295,44 @@ func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
 	return nil
 }
 
-// ID is the lease's ID, chosen at random by this client.
+// ID returns the lease's ID, which NewLease has chosen at random.
 func (l *Lease) ID() clientv3.LeaseID { return l.id }
 
-// TTL is the lease's time to live as granted, in whole seconds.
+// TTL returns the lease's time to live as granted, in whole seconds.
 func (l *Lease) TTL() time.Duration { return l.ttl }
 
-// Expiry is when the context ends unless the lease is renewed before: the moment at which the last answered renewal was
-// sent, plus the TTL, less the margin. It moves with every renewal, which is why it is not the context's Deadline.
+// Expiry returns when the context ends unless the lease is renewed before: the send time of the
+// last acknowledged renewal, plus TTL, minus the margin. For a new lease it counts from just before
+// the first attempt to grant it. It moves with every renewal, so it is not the context's Deadline.
 func (l *Lease) Expiry() time.Time {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.expiry
 }
 
-// Alive asks the server whether it knows the lease. It answers whatever the state of the context, and changes nothing.
+// Alive asks the server whether it knows the lease. ctx bounds the request. Alive works also when
+// the lease's context has ended, and changes nothing.
 func (l *Lease) Alive(ctx context.Context) (bool, error) {
 	resp, err := retryRead(ctx, &l.config, l.config.retry, "ask for lease "+hexID(l.id), func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
 		return l.config.client.TimeToLive(ctx, l.id)
 	})
 	if err != nil {
-		return false, errorf("ask for lease: %w", err)
+		return false, errorf("ask for lease %x: %w", int64(l.id), err)
 	}
 	return resp.TTL >= 0, nil
 }
 
-// Close ends the context with ErrClosed and revokes the lease: its keys are gone when it returns nil.
+// Close cancels the context with [ErrClosed] and revokes the lease: when it returns nil, the
+// lease's keys are gone. One request releases all locks on the lease. Their contexts end with
+// [ErrLockLost], which wraps ErrClosed.
 //
-// It takes no longer than the lease has left, and 5 s at most; its parent may have ended. A lease that was lost before
-// gives the cause. If the server did not confirm, the error is ErrUnknownOutcome and says by when the lease will have
-// run out on the server: it is renewed no longer. Further calls return what the first did.
+// Close takes no longer than the lease has left, and 5 s at most. It works also after the parent's
+// end. Further calls return what the first did.
+//
+// Errors:
+//   - The cause, if the lease was lost before.
+//   - [ErrUnknownOutcome] if etcd did not confirm. The error says by when the server will have
+//     expired the lease, which is no longer renewed.
 func (l *Lease) Close() error {
 	l.closing.Do(func() {
 		l.closeErr = l.release()
@@ -351,8 +377,8 @@ func (l *Lease) serverExpiry() string {
 // electionTimeout is etcd's default.
 const electionTimeout = time.Second
 
-// reserveKey returns a key for a lock of this name that no other lock on this lease has. client is the
-// lock's: if it is not the lease's, it may see other keys, in a namespace.
+// reserveKey returns a key for a lock of this name that no other lock on this lease has. client is
+// the lock's: if it is not the lease's, it may see other keys, in a namespace.
 func (l *Lease) reserveKey(name string, client *clientv3.Client) string {
 	return l.slots.reserve(name, l.id, client == l.config.client)
 }
@@ -368,8 +394,8 @@ func (l *Lease) discardKey(key string, late bool, remove func(ctx context.Contex
 	l.sweep.runInBackground()
 }
 
-// sweepKeys removes the keys on the lease that no lock uses: those that were discarded, and those that
-// a lost request or a restored backup has brought back. It returns when to do so again.
+// sweepKeys removes the keys on the lease that no lock uses: those that were discarded, and those
+// that a lost request or a restored backup has brought back. It returns when to do so again.
 func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) {
 	began := time.Now()
 	if err := l.slots.removeDiscarded(ctx); err != nil {
@@ -445,9 +471,9 @@ func (l *Lease) scheduleRenewal() {
 	}
 }
 
-// answerTimeout returns when an answer is late. Then the stream may have to reopen on another member,
-// and that more than once, before the lease expires. Where answers are always slow they are late
-// after twice the usual time, if that leaves time for a second attempt.
+// answerTimeout returns when an answer is late. Then the stream may have to reopen on another
+// member, and that more than once, before the lease expires. Where answers are always slow they are
+// late after twice the usual time, if that leaves time for a second attempt.
 func (l *Lease) answerTimeout() time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -505,8 +531,8 @@ func (l *Lease) extend(sentAt time.Time, ttl time.Duration) (again bool) {
 	return true
 }
 
-// handleDenied takes the server's refusal to renew the lease, for the nth time in a row. Permissions
-// come back: the lease is renewed again after a pause, until it expires.
+// handleDenied takes the server's refusal to renew the lease, for the nth time in a row.
+// Permissions come back: the lease is renewed again after a pause, until it expires.
 func (l *Lease) handleDenied(err error, n int) {
 	l.mu.Lock()
 	l.denial = err
@@ -561,8 +587,8 @@ func (l *Lease) stopCause() error {
 // held at once. Deleted keys slow range reads until compaction, so keys are reused.
 const keysPerName = 4
 
-// keySlots hands out the keys of a lease's locks. A key is free, in use by a lock, or discarded: the
-// lock has ended, but the key may be in etcd.
+// keySlots hands out the keys of a lease's locks. A key is free, in use by a lock, or discarded:
+// the lock has ended, but the key may be in etcd.
 type keySlots struct {
 	mu      sync.Mutex
 	slots   map[string]*keySlot // those that are not free
@@ -603,8 +629,8 @@ func (s *keySlots) free(key string) {
 	delete(s.slots, key)
 }
 
-// discard marks a key that a lock no longer uses. It is free when it has been removed and, if it may
-// be written late, lateWindow has passed.
+// discard marks a key that a lock no longer uses. It is free when it has been removed and, if it
+// may be written late, lateWindow has passed.
 func (s *keySlots) discard(key string, late bool, remove func(ctx context.Context) error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -615,8 +641,8 @@ func (s *keySlots) discard(key string, late bool, remove func(ctx context.Contex
 	}
 }
 
-// removeDiscarded removes each discarded key once. Later a list shows whether it is back, if there can
-// be one.
+// removeDiscarded removes each discarded key once. Later a list shows whether it is back, if there
+// can be one.
 func (s *keySlots) removeDiscarded(ctx context.Context) (err error) {
 	for key, slot := range s.toRemove() {
 		failed := slot.remove(ctx)
@@ -673,8 +699,9 @@ func (s *keySlots) removeAgain() {
 	}
 }
 
-// mayHaveUnused reports, at a renewal, whether the lease may have keys that no lock uses. Once a lock has
-// ended it may: a request that was sent twice may arrive at any time, and a backup may be restored.
+// mayHaveUnused reports, at a renewal, whether the lease may have keys that no lock uses. Once a
+// lock has ended it may: a request that was sent twice may arrive at any time, and a backup may be
+// restored.
 func (s *keySlots) mayHaveUnused() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -695,8 +722,8 @@ func (s *keySlots) mustList() bool {
 	return s.list && !s.foreign
 }
 
-// claimUnused returns those of the attached keys that no lock uses. None can reserve them before they
-// are settled.
+// claimUnused returns those of the attached keys that no lock uses. None can reserve them before
+// they are settled.
 func (s *keySlots) claimUnused(attached [][]byte, id clientv3.LeaseID) []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -730,8 +757,8 @@ func (s *keySlots) handedOut(key string, id clientv3.LeaseID) bool {
 	return err == nil && nonce <= s.count+keysPerName && key == slotKey(key[:i], id, nonce)
 }
 
-// settle frees the discarded keys if the sweep began when everything had arrived that wrote them. It
-// returns when to sweep again for the others.
+// settle frees the discarded keys if the sweep began when everything had arrived that wrote them.
+// It returns when to sweep again for the others.
 func (s *keySlots) settle(began time.Time) (again time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -15,8 +15,8 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// renewStream renews the leases of one client over one stream. clientv3's own stream does not report
-// when it sent a renewal, and its KeepAliveOnce spins while the server is unavailable.
+// renewStream renews the leases of one client over one stream. clientv3's own stream does not
+// report when it sent a renewal, and its KeepAliveOnce spins while the server is unavailable.
 //
 // The first renewal that is due starts the stream, and the last lease to detach ends it.
 type renewStream struct {
@@ -61,8 +61,8 @@ const (
 	renewalPending              // in renewStream.pending
 )
 
-// renewStreams has the stream of each client that has leases to renew. Its mutex guards which leases are
-// attached to which stream.
+// renewStreams has the stream of each client that has leases to renew. Its mutex guards which
+// leases are attached to which stream.
 var renewStreams = struct {
 	sync.Mutex
 	byClient map[*clientv3.Client]*renewStream
@@ -155,9 +155,9 @@ func (r *renewal) awaitStream() {
 	}
 }
 
-// reopenIfStuck reopens the stream if its member has owed an answer for as long as patience. Patience
-// doubles with each time without an answer: a short lease must not keep the others from answers that
-// are slow to come.
+// reopenIfStuck reopens the stream if its member has owed an answer for as long as patience.
+// Patience doubles with each time without an answer: a short lease must not keep the others from
+// answers that are slow to come.
 func (s *renewStream) reopenIfStuck(patience time.Duration) {
 	patience <<= min(s.reopens, 10)
 	if len(s.pending) == 0 || time.Since(s.lastAnswerAt) < patience || time.Since(s.pending[0].sentAt) < patience {
@@ -201,8 +201,8 @@ func (b backoff) next() time.Duration {
 
 var (
 	reopenPolicy = RetryPolicy{}.withDefaults()
-	// deniedPolicy is short: the stream reopens once for each lease that may not be renewed, and the
-	// others wait for that.
+	// deniedPolicy is short: the stream reopens once for each lease that may not be renewed, and
+	// the others wait for that.
 	deniedPolicy = RetryPolicy{Initial: 5 * time.Millisecond, Max: 100 * time.Millisecond}
 )
 
@@ -220,9 +220,9 @@ func (s *renewStream) waitDue() bool {
 	return false
 }
 
-// requeue makes due again what the last stream left unanswered, and drops what has expired. The lease
-// that expires first comes first, but those that were refused come last. It reports whether anything
-// is due.
+// requeue makes due again what the last stream left unanswered, and drops what has expired. The
+// lease that expires first comes first, but those that were refused come last. It reports whether
+// anything is due.
 func (s *renewStream) requeue() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -270,8 +270,8 @@ func (s *renewStream) reopenDelay(backoff time.Duration) time.Duration {
 }
 
 // openTimeout returns how long the stream may take to open. clientv3 fetches a new token for every
-// stream, which takes long by design, and the member that it asks may be stuck. So the timeout grows,
-// and leaves time for another attempt.
+// stream, which takes long by design, and the member that it asks may be stuck. So the timeout
+// grows, and leaves time for another attempt.
 func (s *renewStream) openTimeout(failed int) time.Duration {
 	return max(min(s.untilExpiry()/2, 2*time.Second<<min(failed, 10)), minOpenTimeout)
 }
@@ -403,8 +403,8 @@ func (s *renewStream) receive(ctx context.Context, stream keepAliveStream) (end 
 	}
 }
 
-// takeAnswer passes an answer to its lease, which has one unanswered renewal at most. etcd answers in
-// order, its gRPC proxy does not. takeAnswer reports whether a renewal waited for the answer.
+// takeAnswer passes an answer to its lease, which has one unanswered renewal at most. etcd answers
+// in order, its gRPC proxy does not. takeAnswer reports whether a renewal waited for the answer.
 func (s *renewStream) takeAnswer(resp *etcdserverpb.LeaseKeepAliveResponse) bool {
 	s.mu.Lock()
 	i := slices.IndexFunc(s.pending, func(r *renewal) bool { return int64(r.lease.id) == resp.ID })

@@ -32,7 +32,8 @@ func TestRenewalsAreCountedFromOneToTheLast(t *testing.T) {
 	require.Greater(t, lease.Expiry().Sub(first), 190*time.Millisecond, "two renewals, 100 ms apart")
 }
 
-// answeredRenewals counts the renewals of a client that are answered: one that is answered late is sent again.
+// answeredRenewals counts the renewals of a client that are answered: one that is answered late is
+// sent again.
 type answeredRenewals struct{ n atomic.Int64 }
 
 func (r *answeredRenewals) intercept(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
@@ -231,7 +232,8 @@ func TestRenewalOutlivesAnEtcdThatRefusesConnectionsForMostOfItsTime(t *testing.
 	}
 }
 
-// outlivesRefusals refuses connections to a lease until little of its time is left, and reports whether it got to use that.
+// outlivesRefusals refuses connections to a lease until little of its time is left, and reports
+// whether it got to use that.
 func outlivesRefusals(t *testing.T, ttl time.Duration) bool {
 	door := openDoor(t, testCluster.Endpoints()[0])
 	lease := mustLease(t, newClient(t, door.addr), ttl)

@@ -188,7 +188,8 @@ func TestGrantThatIsGivenUpIsRevokedBehindTheCaller(t *testing.T) {
 	eventually(t, func() bool { return len(leases(t, direct)) == 0 }, "it is revoked")
 }
 
-// A lease's context must end before the server can give its keys away, whenever in the cycle of renewals the fault comes.
+// A lease's context must end before the server can give its keys away, whenever in the cycle of
+// renewals the fault comes.
 func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
 	direct := testCluster.Client(t)
 	const phases = 8
@@ -206,7 +207,8 @@ func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
 					return lock, err
 				})
 				waiters(t, direct, nameOf(t), 2)
-				// The phase is counted from the grant; half of the phases are in the first cycle, half in the second.
+				// The phase is counted from the grant; half of the phases are in the first cycle,
+				// half in the second.
 				time.Sleep(2 * ttl / 3 * time.Duration(phase) / phases)
 				if holder.Err() != nil { // the machine is too slow for this phase
 					require.Greater(t, time.Since(began), ttl-ttl/10, "lost before it could have run out")
@@ -248,8 +250,9 @@ func TestHolderCutOffRightAfterTheGrantIsToldWithinItsTTLOfTheCall(t *testing.T)
 }
 
 func TestFaultsShorterThanTheTTLEndNothing(t *testing.T) {
-	// From the last renewal until the context ends there are TTL - margin = 5.4 s; a fault of 3 s leaves time to spare even
-	// if it begins just before a renewal: 1.4 s, for a machine that is slow.
+	// From the last renewal until the context ends there are TTL - margin = 5.4 s; a fault of 3 s
+	// leaves time to spare even if it begins just before a renewal: 1.4 s, for a machine that is
+	// slow.
 	const ttl, interval, length = 6 * time.Second, time.Second, 3 * time.Second
 	faults := map[string]func(*etcdtest.Link){
 		"cut":             func(l *etcdtest.Link) { l.Cut() },

@@ -23,8 +23,8 @@ type Option interface {
 type RegisterOption interface{ applyRegister(*registerConfig) }
 
 // WithLogger sets where a resource logs. It writes one line when a lock is acquired, released or
-// lost, when a renewal is late, when a retry starts (once per outage), and when a watch lists again.
-// It never writes a value or a credential. The default, and nil, discards.
+// lost, when a renewal is late, when a retry starts (once per outage), and when a watch lists
+// again. It never writes a value or a credential. The default, and nil, discards.
 //
 // The handler runs on a goroutine that nothing waits for, except that Close waits for its last line
 // for up to 25 ms.

@@ -15,18 +15,20 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// RetryPolicy says how often and for how long to retry. The zero value means the defaults.
+// RetryPolicy says how often and for how long to retry. Pass it by [WithRetryPolicy]. The zero
+// value means the defaults.
 type RetryPolicy struct {
-	// Initial and Max are the first and the longest delay; 0 means 25 ms and 2 s. The delay is doubled each time,
-	// and what is slept is a random part of it (full jitter).
+	// Initial and Max are the first and the longest delay; 0 means 25 ms and 2 s. The delay doubles
+	// each time. A random part of it is slept (full jitter).
 	Initial, Max time.Duration
-	// Attempts is how often the operation is tried at most; 0 means no limit.
+	// Attempts limits how often the operation is tried; 0 means no limit.
 	Attempts int
-	// Elapsed is when to give up, counted from the call; 0 means 30 s, negative means not before ctx ends.
+	// Elapsed is when to give up, counted from the call. 0 means 30 s. Negative means not before
+	// ctx ends.
 	Elapsed time.Duration
 	// AttemptTimeout bounds one attempt. 0 means 1 s, doubled with each attempt that timed out, and
-	// 5 s at most. The package's own requests have two attempts of 1 s: when etcd's leader dies, the
-	// others need up to 2 s to elect another, and lose what is sent meanwhile.
+	// 5 s at most. The package's own requests have two attempts of 1 s: when etcd's leader dies,
+	// the others need up to 2 s to elect another, and lose what is sent meanwhile.
 	AttemptTimeout time.Duration
 	// DefiniteOnly stops [Retry] after an error that leaves open whether op was applied
 	// ([IsAmbiguous]). It changes nothing elsewhere: this package guards what it writes.
@@ -88,13 +90,19 @@ func (p RetryPolicy) attemptTimeout(timeouts int) time.Duration {
 // A RetryOption shapes [Retry].
 type RetryOption interface{ applyRetry(*config) }
 
-// Retry calls op until it succeeds or fails for good, that is with an error that is not [IsTransient]. Each call has a
-// context of its own, which ends with ctx and after RetryPolicy.AttemptTimeout; a call that failed by that timeout is
-// tried again. The error wraps op's last one, and context.Cause(ctx) if ctx ended it. op is not called if ctx has
-// already ended. Retry waits for op: it returns in time if op minds its context.
+// Retry calls op until it succeeds, or fails with an error that is not [IsTransient], or until the
+// policy or ctx ends it. Each call has a context of its own, which ends with ctx and after
+// RetryPolicy.AttemptTimeout. A call that failed by that timeout is tried again. Retry waits for
+// op, so it returns in time only if op heeds its context. op is not called if ctx has ended before.
 //
-// op is repeated after errors that leave open whether it was applied: it must be idempotent or guarded (a transaction
-// that compares what it changes), or the policy must be DefiniteOnly.
+// op may be repeated after an error that leaves open whether it was applied. So it must be
+// idempotent or guarded (a transaction that compares what it changes), or the policy must be
+// DefiniteOnly.
+//
+// Errors:
+//   - op's last error.
+//   - ctx's end, which wraps op's last error.
+//   - A policy that cannot be: see [WithRetryPolicy].
 func Retry[T any](ctx context.Context, op func(ctx context.Context) (T, error), opts ...RetryOption) (T, error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -174,9 +182,9 @@ func attemptsExhausted(attempts int, start time.Time, err error) error {
 
 var errClientClosed = errors.New("etcdutil: the client is closed")
 
-// attemptOnce makes one attempt, and reports whether the attempt's own timeout ended it. A request of
-// the package's own, which has a client, requires a leader: a member without one refuses it at once,
-// and the next attempt asks another member.
+// attemptOnce makes one attempt, and reports whether the attempt's own timeout ended it. A request
+// of the package's own, which has a client, requires a leader: a member without one refuses it at
+// once, and the next attempt asks another member.
 func attemptOnce[T any](ctx context.Context, client *clientv3.Client, timeout time.Duration, op func(ctx context.Context) (T, error)) (v T, timedOut bool, err error) {
 	attempt, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -194,8 +202,8 @@ func attemptOnce[T any](ctx context.Context, client *clientv3.Client, timeout ti
 	return v, isContextError(err), err
 }
 
-// attemptTimeout returns the bound of an attempt after so many timed out. The package's own requests
-// have a second attempt that is as short as the first; see RetryPolicy.
+// attemptTimeout returns the bound of an attempt after so many timed out. The package's own
+// requests have a second attempt that is as short as the first; see RetryPolicy.
 func (c *config) attemptTimeout(p RetryPolicy, timeouts int) time.Duration {
 	if c.client != nil {
 		timeouts = max(timeouts-1, 0)
@@ -213,9 +221,9 @@ func (c *config) shouldRetry(p RetryPolicy, err error, timedOut bool) bool {
 	return timedOut || IsTransient(err)
 }
 
-// IsTransient reports whether an idempotent operation that failed with err is worth another try: the server or the way
-// to it was at fault, and may have recovered. The caller's own end (context.Canceled, context.DeadlineExceeded) is not
-// transient, nor is nil.
+// IsTransient reports whether an idempotent operation that failed with err is worth another try:
+// the server or the way to it was at fault, and may have recovered. The caller's own end
+// (context.Canceled, context.DeadlineExceeded) is not transient. Nor is nil.
 func IsTransient(err error) bool {
 	if err == nil || isContextError(err) {
 		return false
@@ -234,8 +242,9 @@ func IsTransient(err error) bool {
 	return false
 }
 
-// IsAmbiguous reports whether a write that failed with err may have been applied all the same. It errs on the side of yes
-// for what etcd, gRPC or a context answered. nil is not ambiguous, nor is an error that is none of theirs.
+// IsAmbiguous reports whether a write that failed with err may have been applied. In doubt it
+// returns true for what etcd, gRPC or a context returned. It returns false for nil, and for an
+// error that is none of theirs.
 func IsAmbiguous(err error) bool {
 	if err == nil {
 		return false
@@ -251,8 +260,8 @@ func IsAmbiguous(err error) bool {
 	case codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.Internal, codes.Unknown, codes.Aborted:
 		return true
 	case codes.ResourceExhausted:
-		// Without space left etcd applies a write and then reports it as failed, some of the time; an answer that is
-		// too large for the client belongs to a request that was carried out.
+		// Without space left etcd sometimes applies a write and then reports that it failed. An
+		// answer that is too large for the client belongs to a request that was carried out.
 		return !strings.HasPrefix(f.message, sendTooLarge)
 	}
 	return false
@@ -263,7 +272,8 @@ const (
 	sendTooLarge  = "trying to send message larger than max"
 )
 
-// What the code alone gets wrong, by message. An error that etcd's server does not know travels as codes.Unknown.
+// The code does not tell these apart: etcd's server sends an error that it does not know as
+// codes.Unknown.
 var (
 	transientMessages = messages(
 		"raft proposal dropped",
@@ -297,8 +307,8 @@ type failure struct {
 	message string
 }
 
-// statusOf finds them in what clientv3 returns: its EtcdError has a code but no gRPC status, what it does not know it
-// returns as the status it got.
+// statusOf returns the code and message of what clientv3 returns. Its EtcdError has a code but no
+// gRPC status. It returns an error that it does not know as the status it got.
 func statusOf(err error) failure {
 	if e, ok := errors.AsType[rpctypes.EtcdError](err); ok {
 		return failure{e.Code(), e.Error()}
