@@ -16,15 +16,15 @@ import (
 // DefaultTTL is the TTL of a lock's own lease unless WithTTL says otherwise.
 const DefaultTTL = 10 * time.Second
 
-// Lock is a lock that is held. [Acquire] and [TryAcquire] make it; end it with Close, also after it is
-// lost.
+// Lock is a lock that is held. [Acquire] and [TryAcquire] make it; end it with Close, also after it
+// is lost.
 //
 // It is a context.Context: Done is closed when the lock is no longer surely held. That is before
-// anybody else can hold it, unless somebody deletes the lock's key or revokes its lease. context.Cause
-// returns why; Err returns only context.Canceled or context.DeadlineExceeded.
+// anybody else can hold it, unless somebody deletes the lock's key or revokes its lease.
+// context.Cause returns why; Err returns only context.Canceled or context.DeadlineExceeded.
 //
-// Nobody but the lock may write its key: a key that was overwritten may have lost its lease, and with
-// it its place in the queue. All methods are safe for concurrent use.
+// Nobody but the lock may write its key: a key that was overwritten may have lost its lease, and
+// with it its place in the queue. All methods are safe for concurrent use.
 type Lock struct {
 	lifetime
 	config config
@@ -82,14 +82,15 @@ func (o ttlOption) applyRegister(c *registerConfig) {
 //
 // Closing the lock leaves the lease alive. Losing the lease loses the lock, and so does closing it:
 // then the cause is ErrLockLost wrapping ErrClosed. A lock that is not closed blocks others for as
-// long as the lease lives, also after the lock's parent has ended. A lease that is nil or has ended is
-// refused, and so is any option about the lock's own lease.
+// long as the lease lives, also after the lock's parent has ended. A lease that is nil or has ended
+// is refused, and so is any option about the lock's own lease.
 func WithLease(lease *Lease) LockOption {
 	return lockOption(func(c *lockConfig) { c.lease, c.shared = lease, true })
 }
 
-// WithValue sets what is stored in the lock's key, for example who holds it; default "". [Holder] and
-// concurrency.Election.Leader read it. The method Value of [Lock] is another: it is the context's.
+// WithValue sets what is stored in the lock's key, for example who holds it; default "". [Holder]
+// and concurrency.Election.Leader read it. The method Value of [Lock] is another: it is the
+// context's.
 func WithValue(v string) LockOption {
 	return lockOption(func(c *lockConfig) { c.value = v })
 }
@@ -172,7 +173,7 @@ func (c *lockConfig) checkNesting(ctx context.Context, name string) error {
 	return nil
 }
 
-// bound is ctx with the acquire timeout, counted from start.
+// bound returns ctx with the acquire timeout, counted from start.
 func (c *lockConfig) bound(ctx context.Context, start time.Time) (context.Context, context.CancelFunc) {
 	if c.timeout == nil {
 		return ctx, func() {}
@@ -189,17 +190,20 @@ func (c *lockConfig) bound(ctx context.Context, start time.Time) (context.Contex
 //	defer cancel()
 //	lock, err := etcdutil.Acquire(ctx, client, name) // wrong: cancel ends the lock
 //
-//	lock, err := etcdutil.Acquire(ctx, client, name, etcdutil.WithAcquireTimeout(time.Second)) // right
+//	bound := etcdutil.WithAcquireTimeout(time.Second)
+//	lock, err := etcdutil.Acquire(ctx, client, name, bound) // right
 //
-// If ctx ends before the lock is held, Acquire returns within 100 ms, even if etcd cannot be reached.
-// The requests that queue up and wait are retried until the lock's lease expires, the grant of that
-// lease as [RetryPolicy] says. On failure Acquire removes its key and its lease, in the background if
-// etcd cannot be reached. In any case they end with the lease.
+// If ctx ends before the lock is held, Acquire returns within 100 ms, even if etcd cannot be
+// reached. The requests that queue up and wait are retried until the lock's lease expires, the
+// grant of that lease as [RetryPolicy] says. On failure Acquire removes its key and its lease, in
+// the background if etcd cannot be reached. In any case they end with the lease.
 //
 // Errors:
 //   - [ErrInvalidName] if name is not allowed.
-//   - [ErrLockHeld] if ctx runs under a lock of this name and client: Acquire would wait for itself.
-//   - [ErrLockLost] if the key or the lease was lost while waiting. It wraps the cause if that is known.
+//   - [ErrLockHeld] if ctx runs under a lock of this name and client: Acquire would wait for
+//     itself.
+//   - [ErrLockLost] if the key or the lease was lost while waiting. It wraps the cause if that is
+//     known.
 //   - ctx's end, or context.DeadlineExceeded after [WithAcquireTimeout].
 //   - What etcd answered.
 func Acquire(ctx context.Context, client *clientv3.Client, name string, opts ...LockOption) (*Lock, error) {
@@ -210,8 +214,8 @@ func Acquire(ctx context.Context, client *clientv3.Client, name string, opts ...
 	return acquire(ctx, c, name, time.Now(), (*contender).waitTurn)
 }
 
-// TryAcquire returns a lock that is held, or ErrLockHeld at once if somebody holds it or waits for it:
-// then nothing was written and nobody was made to wait. Otherwise it is as [Acquire].
+// TryAcquire returns a lock that is held, or ErrLockHeld at once if somebody holds it or waits for
+// it: then nothing was written and nobody was made to wait. Otherwise it is as [Acquire].
 //
 // Where keys below name/ are created so fast that it cannot look and write in between, TryAcquire
 // queues up for a moment to look.
@@ -236,8 +240,8 @@ func TryAcquire(ctx context.Context, client *clientv3.Client, name string, opts 
 //   - Those of [Acquire]; then fn was not run.
 //   - [ErrLockLost] if the lock was lost before fn returned. It also wraps fn's error.
 //   - fn's error.
-//   - [ErrUnknownOutcome] if the release could not be confirmed. What fn did was done under the lock, and
-//     the next holder may have to wait until the lease expires. It also wraps fn's error.
+//   - [ErrUnknownOutcome] if the release could not be confirmed. What fn did was done under the
+//     lock, and the next holder may have to wait until the lease expires. It also wraps fn's error.
 func Do(ctx context.Context, client *clientv3.Client, name string, fn func(ctx context.Context) error, opts ...LockOption) (err error) {
 	if fn == nil {
 		panic("etcdutil: nil fn")
@@ -282,8 +286,8 @@ func (s *scope) holds(client *clientv3.Client, name string) bool {
 		l.outer.holds(client, name) || s.outer.holds(client, name)
 }
 
-// LockFrom returns the lock that ctx runs under, for code deep inside that must fence its writes. It
-// is the innermost where locks are nested. It is still returned when it has been lost or closed.
+// LockFrom returns the lock that ctx runs under, for code deep inside that must fence its writes.
+// It is the innermost where locks are nested. It is still returned when it has been lost or closed.
 func LockFrom(ctx context.Context) (*Lock, bool) {
 	s := scopeOf(ctx)
 	if s == nil {
@@ -338,7 +342,8 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 	return l
 }
 
-// acquireWithin runs join under a context that ends with the lock's own and after the acquire timeout.
+// acquireWithin runs join under a context that ends with the lock's own and after the acquire
+// timeout.
 func (l *Lock) acquireWithin(c *lockConfig, start time.Time, join func(q *contender, ctx context.Context) error) error {
 	ctx, cancel := c.bound(l.ctx, start)
 	defer cancel()
@@ -372,8 +377,8 @@ func (l *Lock) markHeld(waited time.Duration) {
 	l.watchTimer = time.AfterFunc(keyWatchDelay, l.watchKey)
 }
 
-// watchKey ends the lock when its key is deleted. It runs, as the timer's goroutine, until the lock is
-// lost or closed.
+// watchKey ends the lock when its key is deleted. It runs, as the timer's goroutine, until the lock
+// is lost or closed.
 func (l *Lock) watchKey() {
 	defer l.watching.Done()
 	if l.queue.watchOwnKey(l.stopCtx) == nil {
@@ -381,8 +386,8 @@ func (l *Lock) watchKey() {
 	}
 }
 
-// handleLeaseEnd cancels the lock's context with its lease's. A lock whose lease's parent has ended is
-// still held until the lease expires.
+// handleLeaseEnd cancels the lock's context with its lease's. A lock whose lease's parent has ended
+// is still held until the lease expires.
 func (l *Lock) handleLeaseEnd() {
 	if stopped := context.Cause(l.lease.stopCtx); stopped != nil {
 		l.markLost(stopped)
@@ -391,8 +396,8 @@ func (l *Lock) handleLeaseEnd() {
 	l.cancel(context.Cause(l.lease.ctx))
 }
 
-// keyDeleted ends the lock, whose key is gone, and returns its stopCause. Why it is gone is asked only
-// afterwards, for the lease's sake: the loss must be reported at once.
+// keyDeleted ends the lock, whose key is gone, and returns its stopCause. Why it is gone is asked
+// only afterwards, for the lease's sake: the loss must be reported at once.
 func (l *Lock) keyDeleted() error {
 	if stopped := l.stopCause(); stopped != nil {
 		return stopped
@@ -428,8 +433,8 @@ func (l *Lock) logEnd(cause error) {
 	l.config.reporter.lockLost(e)
 }
 
-// stopCause returns why the lock is no longer surely held: it was lost or closed, even if a timer is
-// late. It returns nil while work winds down after the parent's end.
+// stopCause returns why the lock is no longer surely held: it was lost or closed, even if a timer
+// is late. It returns nil while work winds down after the parent's end.
 func (l *Lock) stopCause() error {
 	if stopped := l.lease.stopCause(); stopped != nil {
 		l.markLost(stopped)
@@ -440,19 +445,20 @@ func (l *Lock) stopCause() error {
 // Name returns the name that the lock was acquired by.
 func (l *Lock) Name() string { return l.queue.name }
 
-// Key returns the lock's key in etcd: the name, a slash, the lease's ID in hexadecimal, and a nonce. A
-// later lock on the same lease may have the same key; it has another token.
+// Key returns the lock's key in etcd: the name, a slash, the lease's ID in hexadecimal, and a
+// nonce. A later lock on the same lease may have the same key; it has another token.
 func (l *Lock) Key() string { return l.queue.key }
 
-// Token returns the lock's fencing token, the revision at which its key was created. It is greater than
-// those of all earlier holders, unless etcd was restored from a backup.
+// Token returns the lock's fencing token, the revision at which its key was created. It is greater
+// than those of all earlier holders, unless etcd was restored from a backup.
 func (l *Lock) Token() Revision { return l.queue.token }
 
-// Lease returns the lease that the lock is held by: that of WithLease, or its own, which ends with it.
+// Lease returns the lease that the lock is held by: that of WithLease, or its own, which ends with
+// it.
 func (l *Lock) Lease() *Lease { return l.lease }
 
-// Do runs fn under a context with ctx's values that ends when ctx or the lock does, and waits for fn to
-// return. If the lock ended, that context's cause is the lock's.
+// Do runs fn under a context with ctx's values that ends when ctx or the lock does, and waits for
+// fn to return. If the lock ended, that context's cause is the lock's.
 //
 // Errors:
 //   - [ErrLockLost] if the lock was lost before fn returned. It also wraps fn's error.
@@ -490,14 +496,15 @@ func joinLoss(lost, err error) error {
 	return errorf("%w: %w", lost, err)
 }
 
-// IsOwner compares, in a transaction of the caller's own, whether the lock is still held: it fails once
-// the lock's key is gone. Unlike Commit such a transaction may be applied twice, if clientv3 repeats it.
+// IsOwner compares, in a transaction of the caller's own, whether the lock is still held: it fails
+// once the lock's key is gone. Unlike Commit such a transaction may be applied twice, if clientv3
+// repeats it.
 func (l *Lock) IsOwner() clientv3.Cmp {
 	return clientv3.Compare(clientv3.CreateRevision(l.queue.key), "=", l.queue.token)
 }
 
-// Alive asks etcd whether the lock's key is there. It is a request, which [RetryPolicy] and ctx bound.
-// It answers whatever the state of the lock's context, and changes nothing.
+// Alive asks etcd whether the lock's key is there. It is a request, which [RetryPolicy] and ctx
+// bound. It answers whatever the state of the lock's context, and changes nothing.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
 	kv, err := l.fence.read(ctx, l.config.retry)
 	if err != nil {
@@ -506,16 +513,16 @@ func (l *Lock) Alive(ctx context.Context) (bool, error) {
 	return kv != nil, nil
 }
 
-// Close cancels the context with ErrClosed and releases the lock. nil means released, and not known to
-// have been lost before. A parent's end is no loss.
+// Close cancels the context with ErrClosed and releases the lock. nil means released, and not known
+// to have been lost before. A parent's end is no loss.
 //
-// Close takes no longer than the lock's lease has left, and 5 s at most. It does not wait for what runs
-// under the lock: [Do] and [Lock.Do] do. Further calls return what the first did.
+// Close takes no longer than the lock's lease has left, and 5 s at most. It does not wait for what
+// runs under the lock: [Do] and [Lock.Do] do. Further calls return what the first did.
 //
 // Errors:
 //   - [ErrLockLost] if the lock was lost before. The error names the lock and wraps the cause.
-//   - [ErrUnknownOutcome] if etcd did not confirm the release. The error names the lock or its lease, the
-//     time at which the lock will be free at the latest, and what etcd answered last.
+//   - [ErrUnknownOutcome] if etcd did not confirm the release. The error names the lock or its
+//     lease, the time at which the lock will be free at the latest, and what etcd answered last.
 func (l *Lock) Close() error {
 	l.closing.Do(func() {
 		l.closeErr = l.release()

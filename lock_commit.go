@@ -17,27 +17,29 @@ import (
 const maxCommitOps = 127
 
 // Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns
-// the revision. It is [Lock.CommitIf] without conditions, and has its errors but ErrConditionFailed.
+// the revision. It is [Lock.CommitIf] without conditions, and has its errors but
+// ErrConditionFailed.
 func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error) {
 	return l.CommitIf(ctx, nil, ops...)
 }
 
-// CommitIf applies ops in one transaction if and only if the lock is held and every condition holds,
-// exactly once, and returns the revision.
+// CommitIf applies ops in one transaction if and only if the lock is held and every condition
+// holds, exactly once, and returns the revision.
 //
-// At most 127 ops and 127 conditions are allowed, also none. ops must not write the lock's own key. A
-// Get among them is carried out, and its result is discarded. Commits of one lock take turns.
+// At most 127 ops and 127 conditions are allowed, also none. ops must not write the lock's own key.
+// A Get among them is carried out, and its result is discarded. Commits of one lock take turns.
 //
-// ctx bounds this call. After the end of the lock's parent CommitIf still works, until Close or until
-// the lease expires, because winding down may need to save state: give it a context of its own then.
+// ctx bounds this call. After the end of the lock's parent CommitIf still works, until Close or
+// until the lease expires, because winding down may need to save state: give it a context of its
+// own then.
 //
 // Errors:
 //   - [ErrConditionFailed] if a condition did not hold. Nothing was applied, and the lock is held.
 //   - [ErrLockLost] or [ErrClosed] if the lock is not held. Nothing was applied.
-//   - [ErrUnknownOutcome] if the transaction may have been applied: no answer came before ctx or the
-//     lock ended or [RetryPolicy] gave up, or the key was gone afterwards and a sending of the
-//     transaction is not accounted for. The transaction may still be applied later. The next Commit,
-//     even an empty one, rules that out.
+//   - [ErrUnknownOutcome] if the transaction may have been applied: no answer came before ctx or
+//     the lock ended or [RetryPolicy] gave up, or the key was gone afterwards and a sending of the
+//     transaction is not accounted for. The transaction may still be applied later. The next
+//     Commit, even an empty one, rules that out.
 //   - Any other error, also ctx's, says why nothing was applied.
 //
 // Through a client whose KV is wrapped, for example by client/v3/namespace, CommitIf cannot observe
@@ -107,8 +109,8 @@ func writes(op clientv3.Op, key []byte) bool {
 	return bytes.Compare(begin, key) <= 0 && bytes.Compare(key, end) < 0
 }
 
-// fence makes transactions that etcd applies if and only if a lock's key is unchanged. It recognizes
-// its own by the key's version, which nobody else increments.
+// fence makes transactions that etcd applies if and only if a lock's key is unchanged. It
+// recognizes its own by the key's version, which nobody else increments.
 type fence struct {
 	queue   *contender
 	owner   fenceOwner
@@ -128,12 +130,12 @@ type fenceOwner interface {
 	keyDeleted() error
 }
 
-// answerGrace is how long the answer to a transaction is waited for that was under way when the lock
-// was lost. Most often it is about to come, and says what became of the transaction.
+// answerGrace is how long the answer to a transaction is waited for that was under way when the
+// lock was lost. Most often it is about to come, and says what became of the transaction.
 const answerGrace = 200 * time.Millisecond
 
-// do runs run when it is its turn, with no earlier transaction left that may still be applied. All of
-// it is one call to the policy. The context of run ends soon after the lock is lost.
+// do runs run when it is its turn, with no earlier transaction left that may still be applied. All
+// of it is one call to the policy. The context of run ends soon after the lock is lost.
 func (f *fence) do(ctx context.Context, p RetryPolicy, run func(ctx context.Context) error) error {
 	ctx, cancel := withinElapsed(ctx, p)
 	defer cancel()
@@ -153,7 +155,8 @@ func (f *fence) do(ctx context.Context, p RetryPolicy, run func(ctx context.Cont
 		stop(context.Cause(f.stopCtx))
 	})()
 	if f.pending {
-		// What was sent before compares the version, so it cannot be applied once that is incremented.
+		// What was sent before compares the version, so it cannot be applied once that is
+		// incremented.
 		if _, err := f.commit(held, p, nil, nil); err != nil {
 			return f.lostOr(fmt.Errorf("nothing sent, because an earlier outcome is still open: %w", opaque(err)))
 		}
@@ -178,8 +181,8 @@ func opaque(err error) error {
 	return err
 }
 
-// unchanged compares whether the lock is held and its key as it was last. A key that was deleted and
-// created again has another revision as well.
+// unchanged compares whether the lock is held and its key as it was last. A key that was deleted
+// and created again has another revision as well.
 func (f *fence) unchanged() clientv3.Cmp {
 	return clientv3.Compare(clientv3.ModRevision(f.queue.key), "=", f.revision)
 }
@@ -197,8 +200,8 @@ func (f *fence) txn(ctx context.Context, p RetryPolicy, q txnRequest) (*clientv3
 	return resp, r, err
 }
 
-// commit applies ops and increments the key's version in one transaction, if the key is unchanged and
-// the conditions hold.
+// commit applies ops and increments the key's version in one transaction, if the key is unchanged
+// and the conditions hold.
 func (f *fence) commit(ctx context.Context, p RetryPolicy, conditions []clientv3.Cmp, ops []clientv3.Op) (Revision, error) {
 	resp, r, err := f.txn(ctx, p, f.request(conditions, ops))
 	switch {

@@ -4,20 +4,407 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"example.com/etcdutil/etcdtest"
+	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
-// errByProxy is what a proxy answers that has reset a stream: clientv3 repeats such a call by itself.
+func TestCommitAfterALostReplyIsNoFailureAndNoSecondWrite(t *testing.T) {
+	client, link, opts := linkedLocker(t, false)
+	direct := testCluster.Client(t)
+	lock := mustAcquire(t, client, nameOf(t), opts...)
+	data := nameOf(t) + "-data"
+	link.DropReplies()
+	committing := start(func() (Revision, error) { return lock.Commit(context.Background(), clientv3.OpPut(data, "v")) })
+	eventually(t, func() bool { return versionOf(t, direct, data) == 1 }, "the server has applied it")
+	link.Heal()
+	within(t, 10*time.Second, committing.done, "Commit returns")
+	require.NoError(t, committing.err)
+	resp, err := direct.Get(t.Context(), data)
+	require.NoError(t, err)
+	require.Equal(t, resp.Kvs[0].ModRevision, committing.v)
+	require.EqualValues(t, 1, resp.Kvs[0].Version, "once")
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(data, "w"))
+	require.NoError(t, err)
+	require.EqualValues(t, 2, versionOf(t, direct, data))
+	require.NoError(t, lock.Close())
+}
+
+// clientv3 itself repeats what is answered Canceled, so one Commit can be sent twice without our
+// doing.
+func TestCommitThatClientv3RepeatsIsAppliedOnce(t *testing.T) {
+	var faults atomic.Int32
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		err := invoker(ctx, method, req, reply, cc, opts...)
+		if strings.HasSuffix(method, "/Txn") && faults.Add(-1) >= 0 {
+			return status.Error(codes.Canceled, "a proxy's")
+		}
+		return err
+	})
+	lock := mustAcquire(t, client, nameOf(t))
+	faults.Store(3)
+	_, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", "v"))
+	require.NoError(t, err)
+	require.EqualValues(t, 1, versionOf(t, client, nameOf(t)+"-data"))
+	require.NoError(t, lock.Close())
+}
+
+// A Commit's request is held back until after the Commit was given up. It lands before the next
+// Commit, under it, or after it.
+func TestCommitThatLandsUnderTheNextOneIsReportedWronglyByNeither(t *testing.T) {
+	type held struct{ land func() error }
+	var hold atomic.Bool
+	var giveUp atomic.Pointer[context.CancelFunc]
+	var straggler atomic.Pointer[held]
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if !strings.HasSuffix(method, "/Txn") || !hold.CompareAndSwap(true, false) {
+			return invoker(ctx, method, req, reply, cc, opts...)
+		}
+		straggler.Store(&held{land: func() error {
+			return invoker(context.WithoutCancel(ctx), method, req, new(etcdserverpb.TxnResponse), cc)
+		}})
+		(*giveUp.Load())()
+		<-ctx.Done()
+		return status.FromContextError(ctx.Err()).Err()
+	})
+	lock := mustAcquire(t, client, nameOf(t))
+	for round := range 40 {
+		first, second := fmt.Sprint(nameOf(t), "-first-", round), fmt.Sprint(nameOf(t), "-second-", round)
+		ctx, cancel := context.WithCancel(t.Context())
+		giveUp.Store(&cancel)
+		hold.Store(true)
+		_, err := lock.Commit(ctx, clientv3.OpPut(first, ""))
+		cancel()
+		require.ErrorIs(t, err, ErrUnknownOutcome)
+		require.NotErrorIs(t, err, ErrLockLost)
+		require.ErrorIs(t, err, context.Canceled)
+
+		landing := start(func() (struct{}, error) {
+			time.Sleep(time.Duration(round%10) * 50 * time.Microsecond)
+			return struct{}{}, straggler.Load().land()
+		})
+		rev, err := lock.Commit(t.Context(), clientv3.OpPut(second, ""))
+		require.NoError(t, err)
+		<-landing.done
+		require.NoError(t, landing.err)
+		resp, err := client.Get(t.Context(), second)
+		require.NoError(t, err)
+		require.Len(t, resp.Kvs, 1, "what was reported as applied is there")
+		require.Equal(t, rev, resp.Kvs[0].ModRevision)
+		require.EqualValues(t, 1, resp.Kvs[0].Version)
+		require.LessOrEqual(t, versionOf(t, client, first), int64(1))
+	}
+	require.NoError(t, lock.Close())
+}
+
+func TestCommitThatLandsUnderALaterLockWithTheSameKeyWritesNothing(t *testing.T) {
+	var hold atomic.Bool
+	var land func() error
+	ctx, giveUp := context.WithCancel(t.Context())
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if !strings.HasSuffix(method, "/Txn") || !hold.CompareAndSwap(true, false) {
+			return invoker(ctx, method, req, reply, cc, opts...)
+		}
+		land = func() error {
+			return invoker(context.WithoutCancel(ctx), method, req, new(etcdserverpb.TxnResponse), cc)
+		}
+		giveUp()
+		<-ctx.Done()
+		return status.FromContextError(ctx.Err()).Err()
+	})
+	lease := mustLease(t, client, 10*time.Second)
+	first := mustAcquire(t, client, nameOf(t), WithLease(lease))
+	hold.Store(true)
+	_, err := first.Commit(ctx, clientv3.OpPut(nameOf(t)+"-data", "late"))
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	require.NoError(t, first.Close())
+	later := mustAcquire(t, client, nameOf(t), WithLease(lease))
+	for later.Key() != first.Key() {
+		require.NoError(t, later.Close())
+		later = mustAcquire(t, client, nameOf(t), WithLease(lease))
+	}
+	require.NoError(t, land())
+	require.Zero(t, versionOf(t, client, nameOf(t)+"-data"))
+	require.NoError(t, later.Close())
+}
+
+func TestCommitUnderALockThatIsNotHeldWritesNothing(t *testing.T) {
+	direct := testCluster.Client(t)
+	for name, c := range map[string]struct {
+		end func(t *testing.T, lock *Lock)
+		is  error
+	}{
+		"key deleted, not yet told": {func(t *testing.T, lock *Lock) {
+			if lock.watchTimer.Stop() { // as if its watch were on a dead connection
+				lock.watching.Done()
+			}
+			_, err := direct.Delete(t.Context(), lock.Key())
+			require.NoError(t, err)
+		}, ErrLockLost},
+		"lease revoked": {func(t *testing.T, lock *Lock) {
+			_, err := direct.Revoke(t.Context(), lock.Lease().ID())
+			require.NoError(t, err)
+		}, ErrLockLost},
+		"closed": {func(t *testing.T, lock *Lock) { require.NoError(t, lock.Close()) }, ErrClosed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			client := testCluster.Client(t)
+			lock, err := Acquire(context.Background(), client, nameOf(t))
+			require.NoError(t, err)
+			c.end(t, lock)
+			_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", "v"))
+			require.ErrorIs(t, err, c.is)
+			require.NotErrorIs(t, err, ErrUnknownOutcome)
+			require.Zero(t, versionOf(t, direct, nameOf(t)+"-data"))
+			if c.is == ErrLockLost {
+				require.ErrorIs(t, context.Cause(lock), ErrLockLost, "and the lock knows")
+			}
+			_ = lock.Close()
+		})
+	}
+}
+
+func TestCommitOfAStaleHolderIsRefused(t *testing.T) {
+	direct := testCluster.Client(t)
+	client, link := linkedClient(t)
+	stale := mustAcquire(t, client, nameOf(t), WithTTL(2*time.Second))
+	link.Cut()
+	next := mustAcquire(t, direct, nameOf(t))
+	link.Heal()
+	_, err := stale.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", "stale"))
+	require.ErrorIs(t, err, ErrLockLost)
+	resp, err := direct.Txn(t.Context()).If(stale.IsOwner()).Then(clientv3.OpPut(nameOf(t)+"-data", "stale")).Commit()
+	require.NoError(t, err)
+	require.False(t, resp.Succeeded)
+	resp, err = direct.Txn(t.Context()).If(next.IsOwner()).Then(clientv3.OpPut(nameOf(t)+"-data", "next")).Commit()
+	require.NoError(t, err)
+	require.True(t, resp.Succeeded)
+	require.EqualValues(t, 1, versionOf(t, direct, nameOf(t)+"-data"))
+	require.NoError(t, next.Close())
+}
+
+func TestCommitOfAnOutageEndsWithTheLockAndIsUnknown(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	lock := mustAcquire(t, client, nameOf(t), WithTTL(5*time.Second)) // enough to begin the Commit in, however slow
+	link.Cut()
+	_, err := lock.Commit(context.Background(), clientv3.OpPut(nameOf(t)+"-data", "v"))
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	require.NotErrorIs(t, err, ErrLockLost, "that would say that it was not applied")
+	require.ErrorIs(t, context.Cause(lock), ErrLockLost)
+	_, err = lock.Commit(context.Background(), clientv3.OpPut(nameOf(t)+"-data", "v"))
+	require.ErrorIs(t, err, ErrLockLost, "of this one nothing was sent")
+	require.NotErrorIs(t, err, ErrUnknownOutcome)
+}
+
+func TestCommitsAreSerialisedAndHold127Operations(t *testing.T) {
+	client := testCluster.Client(t)
+	lock := mustAcquire(t, client, nameOf(t))
+	op := func(i int) clientv3.Op { return clientv3.OpPut(fmt.Sprintf("%s-%d", nameOf(t), i), "") }
+	var ops []clientv3.Op
+	for i := range 127 {
+		ops = append(ops, op(i))
+	}
+	rev, err := lock.Commit(t.Context(), ops...)
+	require.NoError(t, err)
+	require.Equal(t, revision(t, client), rev)
+	_, err = lock.Commit(t.Context(), append(ops, op(127))...)
+	require.ErrorContains(t, err, "127")
+
+	var all sync.WaitGroup
+	for range 50 {
+		all.Go(func() {
+			if _, err := lock.Commit(context.Background(), op(0)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	require.EqualValues(t, 51, versionOf(t, client, nameOf(t)+"-0"))
+	_, err = lock.Commit(t.Context())
+	require.NoError(t, err, "none is allowed: it proves that the lock is held")
+	require.NoError(t, lock.Close())
+}
+
+// Without space left etcd says of a write that it failed, whether it has applied it or not.
+func TestCommitWithoutSpaceLeftTellsWhetherItWasApplied(t *testing.T) {
+	var before, after atomic.Bool
+	noSpace := rpctypes.ErrGRPCNoSpace
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if strings.HasSuffix(method, "/Txn") && before.CompareAndSwap(true, false) {
+			return noSpace
+		}
+		err := invoker(ctx, method, req, reply, cc, opts...)
+		if strings.HasSuffix(method, "/Txn") && after.CompareAndSwap(true, false) {
+			return noSpace
+		}
+		return err
+	})
+	lock := mustAcquire(t, client, nameOf(t))
+	before.Store(true)
+	_, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", "v"))
+	require.ErrorIs(t, err, rpctypes.ErrNoSpace)
+	require.NotErrorIs(t, err, ErrUnknownOutcome)
+	require.Zero(t, versionOf(t, client, nameOf(t)+"-data"))
+	after.Store(true)
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", "v"))
+	require.NoError(t, err)
+	require.EqualValues(t, 1, versionOf(t, client, nameOf(t)+"-data"))
+	require.NoError(t, lock.Close())
+}
+
+func TestCommitThatMayStillArriveIsUnknownAlthoughThereIsNoSpace(t *testing.T) {
+	var faults atomic.Int32
+	var land func() error
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if !strings.HasSuffix(method, "/Txn") {
+			return invoker(ctx, method, req, reply, cc, opts...)
+		}
+		switch faults.Add(-1) {
+		case 1:
+			land = func() error {
+				return invoker(context.WithoutCancel(ctx), method, req, new(etcdserverpb.TxnResponse), cc)
+			}
+			return status.Error(codes.Unavailable, "transport is closing")
+		case 0:
+			return rpctypes.ErrGRPCNoSpace
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	lock := mustAcquire(t, client, nameOf(t))
+	faults.Store(2)
+	_, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-first", ""))
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	require.NoError(t, land())
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-second", ""))
+	require.NoError(t, err)
+	require.EqualValues(t, 1, versionOf(t, client, nameOf(t)+"-second"), "what was reported as applied is there")
+	require.NoError(t, lock.Close())
+}
+
+func TestCommitIsNotMistakenForAWriteBySomebodyElse(t *testing.T) {
+	client := testCluster.Client(t)
+	lock := mustAcquire(t, client, nameOf(t))
+	_, err := client.Put(t.Context(), lock.Key(), "somebody else's", clientv3.WithIgnoreLease())
+	require.NoError(t, err)
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", ""))
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	require.Zero(t, versionOf(t, client, nameOf(t)+"-data"))
+	require.NoError(t, lock.Close())
+}
+
+// A key that was overwritten without its lease holds nothing, and must not be taken over by a later
+// lock on the lease.
+func TestKeyThatSomebodyHasTakenTheLeaseFromIsNoLock(t *testing.T) {
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, 10*time.Second)
+	lock := mustAcquire(t, client, nameOf(t), WithLease(lease))
+	_, err := client.Put(t.Context(), lock.Key(), "")
+	require.NoError(t, err)
+	_, err = lock.Commit(t.Context())
+	require.ErrorIs(t, err, ErrLockLost)
+	require.ErrorIs(t, lock.Close(), ErrLockLost)
+	for range 2 * keysPerName {
+		next := mustAcquire(t, client, nameOf(t), WithLease(lease))
+		alive, err := next.Alive(t.Context())
+		require.NoError(t, err)
+		require.True(t, alive)
+		require.NoError(t, next.Close())
+	}
+}
+
+func TestCommitRefusesWhatWritesItsOwnKey(t *testing.T) {
+	client, requests := countingClient(t)
+	lock := mustAcquire(t, client, nameOf(t))
+	requests.Store(0)
+	for name, op := range map[string]clientv3.Op{
+		"put":               clientv3.OpPut(lock.Key(), ""),
+		"delete":            clientv3.OpDelete(lock.Key()),
+		"delete the prefix": clientv3.OpDelete(nameOf(t), clientv3.WithPrefix()),
+		"delete everything": clientv3.OpDelete("", clientv3.WithFromKey()),
+		"delete a range":    clientv3.OpDelete(nameOf(t), clientv3.WithRange(lock.Key()+"\x00")),
+		"nested":            clientv3.OpTxn(nil, nil, []clientv3.Op{clientv3.OpTxn(nil, []clientv3.Op{clientv3.OpDelete(lock.Key())}, nil)}),
+		"no operation":      {},
+	} {
+		_, err := lock.Commit(t.Context(), op)
+		require.ErrorContains(t, err, "ops[0]", name)
+	}
+	require.Zero(t, requests.Load())
+	for _, op := range []clientv3.Op{
+		clientv3.OpGet(lock.Key()), clientv3.OpDelete(nameOf(t), clientv3.WithRange(lock.Key())), clientv3.OpDelete(lock.Key() + "x"),
+		clientv3.OpTxn([]clientv3.Cmp{lock.IsOwner()}, []clientv3.Op{clientv3.OpPut(nameOf(t)+"-data", "")}, nil),
+	} {
+		_, err := lock.Commit(t.Context(), op)
+		require.NoError(t, err)
+	}
+	require.NoError(t, lock.Close())
+}
+
+func TestCommitThatEtcdRefusesIsNotApplied(t *testing.T) {
+	client := testCluster.Client(t)
+	lock := mustAcquire(t, client, nameOf(t))
+	_, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "1"), clientv3.OpPut(nameOf(t), "2"))
+	require.ErrorContains(t, err, "duplicate key")
+	require.NotErrorIs(t, err, ErrUnknownOutcome)
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), strings.Repeat("x", 1600<<10)))
+	require.ErrorContains(t, err, "too large")
+	require.Zero(t, versionOf(t, client, nameOf(t)))
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "3"))
+	require.NoError(t, err)
+	require.NoError(t, lock.Close())
+}
+
+func TestCommitThatIsNotRepeatedIsStillReadBack(t *testing.T) {
+	t.Parallel()
+	const attempt = 3 * time.Second // enough to acquire in, however slow the machine
+	client, link := linkedClient(t)
+	lock := mustAcquire(t, client, nameOf(t), WithTTL(time.Minute),
+		WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: attempt}))
+	link.DropReplies()
+	committing := start(func() (Revision, error) { return lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")) })
+	sleep(t.Context(), 2*attempt+time.Second) // in which it times out, and so does a read
+	link.Heal()
+	within(t, patience, committing.done, "it returns")
+	require.NoError(t, committing.err)
+}
+
+func TestElapsedBoundsAllThatACommitOrWriteDoes(t *testing.T) {
+	t.Parallel()
+	const elapsed = 4 * time.Second
+	client, link := linkedClient(t)
+	lease := mustLease(t, client, time.Minute)
+	lock := mustAcquire(t, client, nameOf(t), WithLease(lease),
+		WithRetryPolicy(RetryPolicy{Elapsed: elapsed, AttemptTimeout: elapsed / 4}))
+	log, err := NewLogWriter[string](t.Context(), lock, nameOf(t)+"/log")
+	require.NoError(t, err)
+	link.Cut()
+	for _, call := range []func() error{
+		func() error { _, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")); return err },
+		func() error { _, err := log.Write(t.Context(), ""); return err }, // which has that outcome to find out first
+	} {
+		took := testclock.Time(func() { err = call() })
+		require.Error(t, err)
+		require.Less(t, took, elapsed+elapsed/2)
+	}
+	link.Heal()
+}
+
+// errByProxy is what a proxy answers that has reset a stream: clientv3 repeats such a call by
+// itself.
 var errByProxy = status.Error(codes.Canceled, "stream terminated by RST_STREAM")
 
 // applyThenReset carries a transaction out, calls then, and answers as a proxy that resets it.
@@ -157,7 +544,8 @@ func TestCommitThroughAWrappedClientIsNeverDeniedUnseen(t *testing.T) {
 	data, key := nameOf(t)+":data", nameOf(t)+":"+lock.Key()
 	absent := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision("data"), "=", 0)}
 
-	// A condition, and an error of etcd's, are said for certain: an empty transaction rules out the rest.
+	// A condition, and an error of etcd's, are said for certain: an empty transaction rules out the
+	// rest.
 	_, err := lock.CommitIf(t.Context(), absent, clientv3.OpPut("data", "1"))
 	require.NoError(t, err)
 	_, err = lock.CommitIf(t.Context(), absent, clientv3.OpPut("data", "2"))
@@ -236,8 +624,8 @@ func TestCommitIfThatChangesItsOwnConditionIsAppliedOnce(t *testing.T) {
 	}
 }
 
-// The first sending is held back, and a condition refuses the second. Were that all, the first could be
-// applied later, when the condition holds.
+// The first sending is held back, and a condition refuses the second. Were that all, the first
+// could be applied later, when the condition holds.
 func TestCommitIfThatFailedCanNoLongerArrive(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)

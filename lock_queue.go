@@ -45,8 +45,8 @@ func (c *contender) waitTurn(ctx context.Context) error {
 	return err
 }
 
-// enqueue writes the key, once however often it is sent. It returns the nearest older contender, nil
-// if there is none.
+// enqueue writes the key, once however often it is sent. It returns the nearest older contender,
+// nil if there is none.
 func (c *contender) enqueue(ctx context.Context) (*mvccpb.KeyValue, error) {
 	resp, err := c.write(ctx, clientv3.Compare(clientv3.CreateRevision(c.key), "=", 0),
 		[]clientv3.Op{opNewest(c.name)}, []clientv3.Op{clientv3.OpGet(c.key), opNewest(c.name)})
@@ -77,8 +77,8 @@ func (c *contender) write(ctx context.Context, guard clientv3.Cmp, then, otherwi
 	return resp, err
 }
 
-// adopt takes the key over that an earlier attempt has written. It reports false if there is none: a
-// key without the lease was written by somebody else, and holds nothing.
+// adopt takes the key over that an earlier attempt has written. It reports false if there is none:
+// a key without the lease was written by somebody else, and holds nothing.
 func (c *contender) adopt(kvs []*mvccpb.KeyValue) bool {
 	for _, kv := range kvs {
 		if clientv3.LeaseID(kv.Lease) == c.leaseID {
@@ -89,8 +89,8 @@ func (c *contender) adopt(kvs []*mvccpb.KeyValue) bool {
 	return false
 }
 
-// checkTurn returns the nearest older contender, nil if there is none, and errKeyGone if the own key
-// is gone.
+// checkTurn returns the nearest older contender, nil if there is none, and errKeyGone if the own
+// key is gone.
 func (c *contender) checkTurn(ctx context.Context) (*mvccpb.KeyValue, error) {
 	resp, err := c.read(ctx, txnRequest{
 		guards: c.exists(),
@@ -118,8 +118,8 @@ func (c *contender) checkTurnOnce(ctx context.Context) error {
 const claimRounds = 3
 
 // tryClaim creates the key if none was created below the name since revision seen, when nobody held
-// the lock. What was created may be no contender: it looks again. Where keys are created faster than
-// it can look it queues up, looks once, and gives up unless it is first.
+// the lock. What was created may be no contender: it looks again. Where keys are created faster
+// than it can look it queues up, looks once, and gives up unless it is first.
 func (c *contender) tryClaim(ctx context.Context, seen Revision) error {
 	for range claimRounds {
 		unchanged := clientv3.Compare(clientv3.CreateRevision(prefix(c.name)), "<", seen+1).WithPrefix()
@@ -144,8 +144,8 @@ func (c *contender) tryClaim(ctx context.Context, seen Revision) error {
 	return c.checkTurnOnce(ctx)
 }
 
-// remove deletes the key. It deletes that of no other contender, which may have the same name later,
-// unless the own key may be written late: then that name is not used again.
+// remove deletes the key. It deletes that of no other contender, which may have the same name
+// later, unless the own key may be written late: then that name is not used again.
 func (c *contender) remove(ctx context.Context) error {
 	guard := clientv3.Compare(clientv3.CreateRevision(c.key), "=", c.token)
 	if c.token == 0 || c.writes.mayStillApply {
@@ -166,8 +166,8 @@ func (c *contender) exists() []clientv3.Cmp {
 	}
 }
 
-// ownIn returns the contender's own key, nil if it is gone. One without the lease was overwritten by
-// somebody else, and has lost its place.
+// ownIn returns the contender's own key, nil if it is gone. One without the lease was overwritten
+// by somebody else, and has lost its place.
 func (c *contender) ownIn(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
 	for _, kv := range kvs {
 		if kv.CreateRevision == c.token && clientv3.LeaseID(kv.Lease) == c.leaseID {
@@ -197,8 +197,8 @@ func rangeIn(resp *clientv3.TxnResponse, i int) *etcdserverpb.RangeResponse {
 // prefix is what the keys of a name's contenders begin with.
 func prefix(name string) string { return name + "/" }
 
-// opNewest lists the newest keys below a name. It reads no values, which may be large and anybody's.
-// Without them etcd 3.7 reports no leases either.
+// opNewest lists the newest keys below a name. It reads no values, which may be large and
+// anybody's. Without them etcd 3.7 reports no leases either.
 func opNewest(name string, opts ...clientv3.OpOption) clientv3.Op {
 	begin := prefix(name)
 	return clientv3.OpGet(begin, append([]clientv3.OpOption{
@@ -257,7 +257,8 @@ func (c *contender) likelyPredecessor(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
 	return nil
 }
 
-// predecessorIn returns the nearest older contender, nil if there is none. page is what opNewest read.
+// predecessorIn returns the nearest older contender, nil if there is none. page is what opNewest
+// read.
 func (c *contender) predecessorIn(ctx context.Context, page *etcdserverpb.RangeResponse) (*mvccpb.KeyValue, error) {
 	kv, err := firstLeased(ctx, c.config, c.policy, olderChildren(c.name, page.Kvs, c.token))
 	if kv != nil || err != nil || !page.More {
@@ -277,8 +278,8 @@ func (c *contender) predecessorIn(ctx context.Context, page *etcdserverpb.RangeR
 // maxQueuePage limits how many keys are listed at once.
 const maxQueuePage = 4096
 
-// newestContender returns the newest contender whose key was created before a revision, nil if there
-// is none. page is what opNewest read; more is read where that is not enough.
+// newestContender returns the newest contender whose key was created before a revision, nil if
+// there is none. page is what opNewest read; more is read where that is not enough.
 func newestContender(ctx context.Context, c *config, p RetryPolicy, name string, page *etcdserverpb.RangeResponse, before Revision) (*mvccpb.KeyValue, error) {
 	for {
 		kv, err := firstLeased(ctx, c, p, olderChildren(name, page.Kvs, before))
@@ -299,8 +300,8 @@ func newestContender(ctx context.Context, c *config, p RetryPolicy, name string,
 	}
 }
 
-// olderChildren returns the keys that are directly below the name and were created before a revision.
-// Deeper ones belong to locks of longer names.
+// olderChildren returns the keys that are directly below the name and were created before a
+// revision. Deeper ones belong to locks of longer names.
 func olderChildren(name string, kvs []*mvccpb.KeyValue, before Revision) []*mvccpb.KeyValue {
 	var children []*mvccpb.KeyValue
 	for _, kv := range kvs {
@@ -315,7 +316,8 @@ func olderChildren(name string, kvs []*mvccpb.KeyValue, before Revision) []*mvcc
 // maxLeaseChecks is how many nested transactions of two comparisons etcd allows in one, and fewer.
 const maxLeaseChecks = 100
 
-// firstLeased returns the first of these keys that has a lease, nil if none has. It reads no values.
+// firstLeased returns the first of these keys that has a lease, nil if none has. It reads no
+// values.
 func firstLeased(ctx context.Context, c *config, p RetryPolicy, kvs []*mvccpb.KeyValue) (*mvccpb.KeyValue, error) {
 	for some := range slices.Chunk(kvs, maxLeaseChecks) {
 		var ops []clientv3.Op
@@ -353,7 +355,8 @@ const keyWatchDelay = 100 * time.Millisecond
 // connection, or of a restored etcd, stays silent for ever. A random part of it is added.
 const recheckInterval = 4 * time.Second
 
-// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks again.
+// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks
+// again.
 func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValue) error {
 	for failed := 0; ; {
 		gone, refused := c.watchWhileWaiting(ctx, predecessor, failed)
@@ -471,10 +474,10 @@ func (c *contender) lookOwn(ctx context.Context) (now Revision, exists bool, err
 	return resp.Header.Revision, c.ownIn(resp.Kvs) != nil, nil
 }
 
-// watchContext is for a watch after a number of failed ones. A watch needs a leader, so that it leaves
-// a member which is cut off from the quorum. clientv3 has a stream for each outgoing metadata, so the
-// caller's is left out. A watch that failed gets another stream: after a token has expired etcd
-// refuses new watches on the stream that was opened with it (etcd-io/etcd#12385).
+// watchContext is for a watch after a number of failed ones. A watch needs a leader, so that it
+// leaves a member which is cut off from the quorum. clientv3 has a stream for each outgoing
+// metadata, so the caller's is left out. A watch that failed gets another stream: after a token has
+// expired etcd refuses new watches on the stream that was opened with it (etcd-io/etcd#12385).
 func watchContext(ctx context.Context, failed int) context.Context {
 	md := metadata.MD{}
 	if failed > 0 {

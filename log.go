@@ -80,8 +80,8 @@ type Entry[T any] struct {
 
 // LogWriter writes a log under a lock. [NewLogWriter] makes it; it ends with the lock, or on Close.
 //
-// It is a context.Context, derived from the lock; context.Cause returns why it ended. All methods are
-// safe for concurrent use; writes take turns.
+// It is a context.Context, derived from the lock; context.Cause returns why it ended. All methods
+// are safe for concurrent use; writes take turns.
 type LogWriter[T any] struct {
 	lifetime
 	config  config
@@ -97,8 +97,8 @@ type LogWriter[T any] struct {
 	conflict error   // somebody else has written the log
 }
 
-// position is where a log ends: its last entry's version and revision, and the revision of the first
-// entry. It is zero if there is none.
+// position is where a log ends: its last entry's version and revision, and the revision of the
+// first entry. It is zero if there is none.
 type position struct {
 	version  int64
 	revision Revision
@@ -112,12 +112,12 @@ func positionOf(kv *mvccpb.KeyValue) position {
 	return position{kv.Version, kv.ModRevision, kv.CreateRevision}
 }
 
-// NewLogWriter returns a writer of the log of this name, a key that only the holder of lock may write.
-// The writer's parent is the lock. ctx bounds only this call, which reads where the log ends. The
-// writer retries and logs as the lock does, unless opts say otherwise.
+// NewLogWriter returns a writer of the log of this name, a key that only the holder of lock may
+// write. The writer's parent is the lock. ctx bounds only this call, which reads where the log
+// ends. The writer retries and logs as the lock does, unless opts say otherwise.
 //
-// A log is one key, and its history goes when etcd is compacted: it is no archive. Use [Lock.Commit]
-// with keys of their own for what must be kept.
+// A log is one key, and its history goes when etcd is compacted: it is no archive. Use
+// [Lock.Commit] with keys of their own for what must be kept.
 //
 // Errors:
 //   - [ErrInvalidName] if name is not allowed.
@@ -170,19 +170,21 @@ func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
 	return first(resp.Kvs), nil
 }
 
-// Write appends v, exactly once, and returns its version. It is a [Lock.Commit] that also compares the
-// log, and works as long as that does: also after the end of the lock's parent, but not after Close.
+// Write appends v, exactly once, and returns its version. It is a [Lock.Commit] that also compares
+// the log, and works as long as that does: also after the end of the lock's parent, but not after
+// Close.
 //
 // A log that was deleted is no conflict: it starts again at version 1. An entry of the same bytes,
 // which somebody else has written in place of this one, is taken for it.
 //
 // Errors:
 //   - [ErrLockLost] or [ErrClosed] if the lock or the writer has ended. Nothing was written.
-//   - [ErrLogConflict] if the log was written by somebody else. Nothing was written, and the lock may
-//     still be held. Every later Write returns it too: another NewLogWriter goes on from what is there.
+//   - [ErrLogConflict] if the log was written by somebody else. Nothing was written, and the lock
+//     may still be held. Every later Write returns it too: another NewLogWriter goes on from what
+//     is there.
 //   - [ErrUnknownOutcome] if v may have been written. The next Write finds that out first.
-//   - Any other error says why nothing was written: v cannot be encoded, or is too large for etcd (1.5 MB
-//     unless configured).
+//   - Any other error says why nothing was written: v cannot be encoded, or is too large for etcd
+//     (1.5 MB unless configured).
 func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -225,7 +227,8 @@ func (w *LogWriter[T]) write(ctx context.Context, data string) error {
 	})
 }
 
-// resolvePending finds out what became of a write of unknown outcome. It can no longer be applied late.
+// resolvePending finds out what became of a write of unknown outcome. It can no longer be applied
+// late.
 func (w *LogWriter[T]) resolvePending(ctx context.Context) error {
 	if w.pending == nil {
 		return w.conflict
@@ -250,8 +253,8 @@ func conflictAt(entry *mvccpb.KeyValue) error {
 	return errorf("%w: it is at version %d, revision %d", ErrLogConflict, entry.Version, entry.ModRevision)
 }
 
-// append writes the next entry, if the lock is held and the log ends where it did. It is done like a
-// Commit, but after a lost answer it is the log that shows the outcome: one put is enough.
+// append writes the next entry, if the lock is held and the log ends where it did. It is done like
+// a Commit, but after a lost answer it is the log that shows the outcome: one put is enough.
 func (w *LogWriter[T]) append(ctx context.Context, data string) error {
 	for {
 		resp, r, err := w.lock.fence.txn(ctx, w.config.retry, txnRequest{
@@ -328,8 +331,8 @@ func (p position) resolve(r txnResult, data string, failure error, entry *mvccpb
 	return verdictRetry
 }
 
-// readForResolve reads what the guards compare, when no sending can be applied any more. It reads the
-// log first: a lock that is still held then was held when the log was read.
+// readForResolve reads what the guards compare, when no sending can be applied any more. It reads
+// the log first: a lock that is still held then was held when the log was read.
 func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, key *mvccpb.KeyValue, err error) {
 	if r.mayStillApply {
 		if _, err := w.lock.fence.commit(ctx, w.config.retry, nil, nil); err != nil && !errors.Is(err, ErrLockLost) {
@@ -354,8 +357,8 @@ func (w *LogWriter[T]) unknownOutcome(data string, why any) error {
 	return w.lock.fence.unknownOutcome(why)
 }
 
-// Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on. It
-// returns nil, or ErrLockLost if the lock was lost before; so do further calls.
+// Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on.
+// It returns nil, or ErrLockLost if the lock was lost before; so do further calls.
 func (w *LogWriter[T]) Close() error {
 	w.closing.Do(func() {
 		if lost := w.lock.stopCause(); errors.Is(lost, ErrLockLost) {
