@@ -25,8 +25,11 @@ import (
 var testCluster *etcdtest.Cluster
 
 func TestMain(m *testing.M) {
-	if os.Getenv(slowReader) != "" {
-		if err := readSlowly(); err != nil {
+	for name, child := range map[string]func() error{slowReader: readSlowly, mirrorReader: measureMirror} {
+		if os.Getenv(name) == "" {
+			continue
+		}
+		if err := child(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
