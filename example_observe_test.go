@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync/atomic"
+	"time"
 
 	"example.com/etcdutil"
 )
@@ -27,4 +28,27 @@ func ExampleWithObserver() {
 	}
 	fmt.Println(held.Load(), "held,", released.Load(), "released,", lost.Load(), "lost")
 	// Output: 0 held, 3 released, 0 lost
+}
+
+// A readiness probe asks nobody: it reads two clocks. It fails before the lease is lost, and when the
+// mirror is out of date, also if the network swallows everything and closes no connection.
+func Example_readiness() {
+	ctx, client := context.Background(), exampleClient()
+
+	lease, err := etcdutil.NewLease(ctx, client, 10*time.Second)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer lease.Close()
+	mirror, err := etcdutil.NewMirror[string](ctx, client, "settings/", etcdutil.WithPrefix())
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer mirror.Close()
+
+	ready := time.Until(lease.Expiry()) > lease.TTL()/4 && time.Since(mirror.AsOf()) < 5*time.Second && lease.Err() == nil
+	fmt.Println(ready)
+	// Output: true
 }
