@@ -235,7 +235,7 @@ func (s *holderScan) run(ctx context.Context) (*mvccpb.KeyValue, Revision, error
 
 // oldestKeys reads the oldest keys below the name, without their values, from a create revision on.
 func (s *holderScan) oldestKeys(ctx context.Context, from Revision, limit int64) (*clientv3.GetResponse, error) {
-	return retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	return retry(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return s.c.client.Get(ctx, prefix(s.name), clientv3.WithPrefix(), clientv3.WithKeysOnly(),
 			clientv3.WithMinCreateRev(from), clientv3.WithLimit(limit),
 			clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
@@ -259,7 +259,7 @@ func (s *holderScan) firstLeased(ctx context.Context, keys []*mvccpb.KeyValue) (
 
 // getLeased reads a key if it has a lease and is still the one that was seen.
 func (s *holderScan) getLeased(ctx context.Context, kv *mvccpb.KeyValue) (*mvccpb.KeyValue, Revision, error) {
-	resp, err := retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := retry(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return s.c.client.Txn(ctx).If(stillLeased(kv)...).Then(clientv3.OpGet(string(kv.Key))).Else(getMeta(kv)).Commit()
 	})
 	if err != nil {
@@ -282,7 +282,7 @@ func (s *holderScan) skipStrays(ctx context.Context, keys []*mvccpb.KeyValue) ([
 	for i := range checks {
 		checks[i] = clientv3.OpTxn(stillLeased(keys[i]), nil, []clientv3.Op{getMeta(keys[i])})
 	}
-	resp, err := retryRead(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := retry(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return s.c.client.Txn(ctx).Then(checks...).Commit()
 	})
 	if err != nil {

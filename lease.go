@@ -313,7 +313,7 @@ func (l *Lease) Expiry() time.Time {
 // Alive asks the server whether it knows the lease. ctx bounds the request. Alive works also when
 // the lease's context has ended, and changes nothing.
 func (l *Lease) Alive(ctx context.Context) (bool, error) {
-	resp, err := retryRead(ctx, &l.config, l.config.retry, "ask for lease "+hexID(l.id), func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
+	resp, err := retry(ctx, &l.config, l.config.retry, "ask for lease "+hexID(l.id), func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
 		return l.config.client.TimeToLive(ctx, l.id)
 	})
 	if err != nil {

@@ -293,7 +293,7 @@ func (f *fence) keyAfter(ctx context.Context, p RetryPolicy, refused *clientv3.T
 
 // read returns the lock's key, nil if it is gone.
 func (f *fence) read(ctx context.Context, p RetryPolicy) (*mvccpb.KeyValue, error) {
-	resp, err := retryRead(ctx, f.queue.config, p, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := retry(ctx, f.queue.config, p, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return f.queue.config.client.Get(ctx, f.queue.key)
 	})
 	if err != nil {

@@ -183,7 +183,7 @@ func (c *contender) read(ctx context.Context, q txnRequest) (*clientv3.TxnRespon
 }
 
 func readTxn(ctx context.Context, c *config, p RetryPolicy, q txnRequest) (*clientv3.TxnResponse, error) {
-	return retryRead(ctx, c, p, "read the queue", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	return retry(ctx, c, p, "read the queue", func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		return c.client.Txn(ctx).If(q.guards...).Then(q.then...).Else(q.otherwise...).Commit()
 	})
 }
@@ -465,7 +465,7 @@ func (c *contender) watchOwnFrom(ctx context.Context, from Revision, failed int)
 
 // lookOwn reports whether the own key is there, and as of which revision.
 func (c *contender) lookOwn(ctx context.Context) (now Revision, exists bool, err error) {
-	resp, err := retryRead(ctx, c.config, untilDone, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := retry(ctx, c.config, untilDone, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return c.config.client.Get(ctx, c.key)
 	})
 	if err != nil {

@@ -161,7 +161,7 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 
 // read returns the last entry, nil if there is none.
 func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
-	resp, err := retryRead(ctx, &w.config, w.config.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := retry(ctx, &w.config, w.config.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return w.config.client.Get(ctx, w.name)
 	})
 	if err != nil {
@@ -508,14 +508,14 @@ func (c *logConfig) continues(entry *mvccpb.KeyValue, entries int64) bool {
 
 // readAt reads the log as of a revision, 0 is now.
 func (c *logConfig) readAt(ctx context.Context, name string, at Revision) (*clientv3.GetResponse, error) {
-	return retryRead(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	return retry(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return c.client.Get(ctx, name, clientv3.WithRev(at))
 	})
 }
 
 // compactRevision returns the revision that etcd was compacted at. Only a watch is told.
 func (c *logConfig) compactRevision(ctx context.Context, name string) (Revision, error) {
-	return retryRead(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (Revision, error) {
+	return retry(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (Revision, error) {
 		ctx, cancel := context.WithCancel(ownStreamContext(clientv3.WithRequireLeader(ctx)))
 		defer cancel()
 		for resp := range c.client.Watcher.Watch(ctx, name, clientv3.WithRev(max(c.after.revision, 1)), clientv3.WithFilterPut()) {

@@ -339,7 +339,7 @@ func (m *Mirror[T]) verify() {
 		key = "\x00" // etcd reads no empty key
 	}
 	once := RetryPolicy{Attempts: 1, AttemptTimeout: verifyTimeout}
-	resp, err := retryRead(ctx, &m.config.config, once, "verify mirror", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	resp, err := retry(ctx, &m.config.config, once, "verify mirror", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return m.config.client.Get(ctx, key, clientv3.WithKeysOnly())
 	})
 	if err != nil {

@@ -122,12 +122,6 @@ func Retry[T any](ctx context.Context, op func(ctx context.Context) (T, error), 
 	return retry(ctx, &c, c.retry, "operation", op)
 }
 
-// retryRead retries what only reads, which a policy that is DefiniteOnly does not forbid.
-func retryRead[T any](ctx context.Context, c *config, p RetryPolicy, what string, op func(ctx context.Context) (T, error)) (T, error) {
-	p.DefiniteOnly = false
-	return retry(ctx, c, p, what, op)
-}
-
 // retry repeats op as p says. what names op in logs and events.
 func retry[T any](ctx context.Context, c *config, p RetryPolicy, what string, op func(ctx context.Context) (T, error)) (T, error) {
 	var zero T

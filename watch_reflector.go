@@ -156,7 +156,7 @@ func (r *reflector) look(at Revision) (*clientv3.GetResponse, error) {
 }
 
 func (r *reflector) get(op clientv3.Op) (*clientv3.GetResponse, error) {
-	return retryRead(r.ctx, &r.config, r.retry, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	return retry(r.ctx, &r.config, r.retry, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		resp, err := r.client.Do(ctx, op)
 		return resp.Get(), err
 	})
