@@ -69,6 +69,9 @@ var uses = []use{
 	{"`NewLogReader`", useLogReader},
 	{"`Watch` of a key", useWatch},
 	{"`Watch` with `WithPrefix`", useWatchPrefix},
+	{"`NewMirror` of a key", useMirror},
+	{"`NewMirror` with `WithPrefix`", useMirrorPrefix},
+	{"`Register`", useRegister},
 }
 
 func useLease(ctx context.Context, client *clientv3.Client, _ string) error {
@@ -126,10 +129,17 @@ func useLock(ctx context.Context, client *clientv3.Client, name string) error {
 
 func useHolder(ctx context.Context, client *clientv3.Client, name string) error {
 	_, err := etcdutil.Holder(ctx, client, place(name, "NAME"))
-	if errors.Is(err, etcdutil.ErrNoHolder) {
-		return nil
+	if err != nil && !errors.Is(err, etcdutil.ErrNoHolder) {
+		return err
 	}
-	return err
+	holders, err := etcdutil.WatchHolder(ctx, client, place(name, "NAME"))
+	if err != nil {
+		return err
+	}
+	if _, ok := <-holders.Events(); !ok {
+		return context.Cause(holders)
+	}
+	return holders.Close()
 }
 
 func useCommit(ctx context.Context, client *clientv3.Client, name string) error {
@@ -200,6 +210,30 @@ func watchOnce(ctx context.Context, client *clientv3.Client, key string, options
 		}
 	}
 	return nil
+}
+
+func useMirror(ctx context.Context, client *clientv3.Client, name string) error {
+	return mirrorOnce(ctx, client, place(name, "KEY"))
+}
+
+func useMirrorPrefix(ctx context.Context, client *clientv3.Client, name string) error {
+	return mirrorOnce(ctx, client, place(name, "KEY"), etcdutil.WithPrefix())
+}
+
+func mirrorOnce(ctx context.Context, client *clientv3.Client, key string, options ...etcdutil.WatchOption) error {
+	mirror, err := etcdutil.NewMirror[string](ctx, client, key, options...)
+	if err != nil {
+		return err
+	}
+	return errors.Join(mirror.Wait(ctx, mirror.Revision()), mirror.Close())
+}
+
+func useRegister(ctx context.Context, client *clientv3.Client, name string) error {
+	registration, err := etcdutil.Register(ctx, client, place(name, "KEY"), secretValue)
+	if err != nil {
+		return err
+	}
+	return errors.Join(registration.Set(ctx, secretValue+" again"), registration.Close())
 }
 
 // documented returns the rows of the table of permissions.
