@@ -5,17 +5,19 @@ import (
 	"fmt"
 )
 
-// A Codec turns values into bytes and back. Both methods must be safe for concurrent use, and must not keep data.
+// A Codec turns values into bytes and back. Both methods must be safe for concurrent use. A codec
+// that panics has failed: the panic is an error like others.
 type Codec interface {
+	// Marshal encodes v. Its result is not changed.
 	Marshal(v any) ([]byte, error)
-	// Unmarshal decodes data into v, a pointer to a zero value.
+	// Unmarshal decodes data into v, a pointer to a zero value. It must not keep or change data.
 	Unmarshal(data []byte, v any) error
 }
 
 var (
 	// JSON is encoding/json. It is the default.
 	JSON Codec = jsonCodec{}
-	// Raw takes string and []byte, and leaves them as they are.
+	// Raw stores string and []byte as they are, and refuses other types.
 	Raw Codec = rawCodec{}
 )
 
@@ -53,11 +55,11 @@ type codecOption struct{ codec Codec }
 func (o codecOption) applyWatch(c *watchConfig)       { c.codec = o.codec }
 func (o codecOption) applyRegister(c *registerConfig) { c.codec = o.codec }
 
-// WithCodec sets how values are decoded and encoded; default [JSON]. nil is refused.
+// WithCodec sets how values are encoded and decoded. The default is [JSON]. nil is refused.
 func WithCodec(c Codec) CodecOption { return codecOption{c} }
 
-// decode returns the zero value with an error, which is ErrInvalidValue and wraps the codec's. A codec that panics returns an
-// error, too.
+// decode returns a value, or the zero value with ErrInvalidValue, which wraps the codec's error. A
+// codec that panics is an error as well.
 func decode[T any](codec Codec, data []byte) (v T, err error) {
 	defer func() {
 		if r := recover(); r != nil {

@@ -13,7 +13,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// A LogOption shapes a log's writer or reader.
+// A LogOption shapes a log's writer or reader. See the table of options in the package's
+// documentation.
 type LogOption interface{ applyLog(*logConfig) }
 
 type logConfig struct {
@@ -34,19 +35,22 @@ func (o logOption) applyLog(c *logConfig) { o(c) }
 
 func (o codecOption) applyLog(c *logConfig) { c.codec = o.codec }
 
-// WithEveryEntry has a reader read every entry from this revision on, inclusive, in order, instead of the latest: 0 is from the
-// first entry of the log as it is, which may have been deleted before. A negative one is refused, and so is the option
-// for a writer. Where entries were compacted, the reader ends with ErrGap; it is ErrGap as well if etcd has compacted the
-// revision to begin with, be there entries or not.
+// WithEveryEntry makes a reader read every entry from this revision on, inclusive and in order,
+// instead of the latest one. 0 begins with the first entry, or the first one since the log was
+// deleted. The reader ends with [ErrGap] where entries were compacted. If etcd has compacted the
+// revision itself, NewLogReader returns ErrGap, even if the log has no entries there. A negative
+// revision is refused, and so is the option for a writer.
 func WithEveryEntry(from Revision) LogOption {
 	return logOption(func(c *logConfig) { c.every = &from })
 }
 
-// WithEntriesAfter makes a reader read every entry after the one of this version, in order. revision is where a reader
-// stopped: that of the entry, or what [LogReader.Revision] returned when the entry was the last one read. Version 0 is for a
-// reader that has read none. The reader ends with ErrGap if entries after that one are missing, and not because etcd has
-// compacted the revision: a log to which nothing was written is read on across compaction. A negative version or revision is
-// refused, and so is the option beside [WithEveryEntry], or for a writer.
+// WithEntriesAfter makes a reader read every entry after the one of this version, in order. Pass
+// the version of the last entry that an earlier reader has read, and that entry's revision or what
+// [LogReader.Revision] returned after it. Version 0 is for a reader that has read no entry.
+//
+// The reader ends with [ErrGap] if entries after that one are missing. It does not end because etcd
+// has compacted the revision: a log that was quiet is read on across compaction. A negative version
+// or revision is refused, and so is the option beside [WithEveryEntry] or for a writer.
 func WithEntriesAfter(version int64, revision Revision) LogOption {
 	return logOption(func(c *logConfig) { c.after = &entryMark{version, revision} })
 }
@@ -71,10 +75,12 @@ func (c *logConfig) validate(name string) error {
 
 // Entry is an entry of a log.
 type Entry[T any] struct {
+	// Value is what was written.
 	Value T
-	// Version is 1 for the first entry, and grows by one with each. It begins again when the log, that is its key, is deleted.
+	// Version is 1 for the first entry, and grows by one with each. It begins again when the log's
+	// key is deleted.
 	Version int64
-	// Revision is the store's when the entry was written.
+	// Revision is the store's revision when the entry was written.
 	Revision Revision
 }
 
@@ -371,8 +377,8 @@ func (w *LogWriter[T]) Close() error {
 
 // LogReader reads a log. Call Read, or range over All, and Close it when it is no longer needed.
 //
-// It is a context.Context: Done is closed when the reader has ended, and context.Cause reports why. All methods are safe for
-// concurrent use: each entry is read once.
+// It is a context.Context: Done is closed when the reader has ended, and context.Cause returns why.
+// All methods are safe for concurrent use: each entry is read once.
 type LogReader[T any] struct {
 	*lifetime // the watcher's
 	watcher   *Watcher[T]
@@ -380,14 +386,20 @@ type LogReader[T any] struct {
 	next      func(ctx context.Context) (Event[T], error)
 }
 
-// NewLogReader makes a reader of the log of this name, which may not exist yet. ctx is the reader's parent. It reads the
-// current entry first, if there is one, and then the latest unread, so that entries are skipped if it is slower than the
-// writer. [WithEveryEntry] and [WithEntriesAfter] make it read every entry.
+// NewLogReader returns a reader of the log of this name, which may not exist yet. ctx is the
+// reader's parent, and not a timeout of the call. The reader resumes after faults, for as long as
+// they last.
 //
-// It returns what etcd answered, when [RetryPolicy] has given up. The policy counts for this call. Later the reader resumes for
-// as long as it takes. See [Watch], which it is made of, for what ends it.
-//   - [ErrInvalidName] if the name is invalid
-//   - [ErrGap] if entries are missing, or if the revision is more than one past etcd's
+// The reader reads the current entry first, if there is one, and then the latest unread entry. If
+// it is slower than the writer, it skips entries. [WithEveryEntry] and [WithEntriesAfter] make it
+// read every entry.
+//
+// Errors:
+//   - [ErrInvalidName] if name is not allowed.
+//   - [ErrGap] if entries are missing, or if the revision is more than one past etcd's.
+//   - rpctypes.ErrPermissionDenied if the log may not be read. It also ends a reader that resumes.
+//   - ctx's end, or what etcd answered last if [RetryPolicy] gave up. The policy bounds only this
+//     call.
 func NewLogReader[T any](ctx context.Context, client *clientv3.Client, name string, opts ...LogOption) (*LogReader[T], error) {
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
@@ -496,7 +508,8 @@ func (c *logConfig) resolveCompacted(ctx context.Context, name string) error {
 	return nil
 }
 
-// continues reports whether entry, nil if there is none, is so many entries after the one to read after.
+// continues reports whether entry is so many entries after the one to read after. entry is nil if
+// there is none.
 func (c *logConfig) continues(entry *mvccpb.KeyValue, entries int64) bool {
 	version := c.after.version + entries
 	if entry == nil || version == 0 {
@@ -513,7 +526,7 @@ func (c *logConfig) readAt(ctx context.Context, name string, at Revision) (*clie
 	})
 }
 
-// compactRevision returns the revision that etcd was compacted at. Only a watch is told.
+// compactRevision returns the revision that etcd was compacted at. Only a watch reports it.
 func (c *logConfig) compactRevision(ctx context.Context, name string) (Revision, error) {
 	return retry(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (Revision, error) {
 		ctx, cancel := context.WithCancel(ownStreamContext(clientv3.WithRequireLeader(ctx)))
@@ -598,14 +611,16 @@ func (l *latestEntry[T]) revision() Revision {
 	}
 }
 
-// Read returns the next entry, and waits for it. It does not report that the log was deleted.
-//
-// An entry that does not decode is an error, together with the entry's version and revision. The next Read goes on. ctx
+// Read waits for the next entry and returns it. It does not report that the log was deleted. ctx
 // bounds this call: after its end nothing is read.
-//   - [ErrInvalidValue] if the entry does not decode; it wraps the codec's error
-//   - [ErrGap] after the last entry before a gap
-//   - [ErrClosed] after Close
-//   - ctx's error and its cause, when ctx or the reader's parent has ended
+//
+// Errors:
+//   - [ErrInvalidValue] if the entry does not decode. It wraps the codec's error. The Entry has its
+//     version and revision, and the next Read continues after it.
+//   - [ErrGap] after the last entry before a gap.
+//   - [ErrClosed] after Close.
+//   - An error that Is both Err and [context.Cause] of ctx, or of the reader's parent, if that
+//     ended.
 func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -617,7 +632,7 @@ func (r *LogReader[T]) Read(ctx context.Context) (Entry[T], error) {
 	return entryOf(e)
 }
 
-// entryOf is the entry of an event, and an error if it does not decode.
+// entryOf returns the entry of an event, and an error if it does not decode.
 func entryOf[T any](e Event[T]) (Entry[T], error) {
 	var err error
 	if e.Type == EventInvalid {
@@ -666,7 +681,7 @@ func (r *LogReader[T]) nextEvent(ctx context.Context) (Event[T], error) {
 	}
 }
 
-// endCause is why the reader has ended.
+// endCause returns why the reader has ended.
 func (r *LogReader[T]) endCause() error {
 	if cause := context.Cause(r.stopCtx); cause != nil {
 		return cause
@@ -674,8 +689,9 @@ func (r *LogReader[T]) endCause() error {
 	return contextError(r)
 }
 
-// All iterates over the entries until Close, the parent's end, or an error, which it yields. An entry that does not decode is
-// yielded as an error and does not end it.
+// All iterates over the entries until Close, the parent's end, or an error, which it yields. An
+// entry that does not decode is yielded as [ErrInvalidValue], and does not end the iteration. A
+// later call continues with the next unread entry.
 func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
 	return func(yield func(Entry[T], error) bool) {
 		for {
@@ -693,8 +709,9 @@ func (r *LogReader[T]) All() iter.Seq2[Entry[T], error] {
 	}
 }
 
-// Revision returns R such that every entry up to R was read, or skipped for a later one. It moves on although nothing is
-// written. Resume with WithEntriesAfter and the version of the last entry that was read.
+// Revision returns R such that every entry up to R was read, or skipped for a later one. It grows
+// even if nothing is written. Resume with [WithEntriesAfter] and the version of the last entry
+// read.
 func (r *LogReader[T]) Revision() Revision {
 	if r.latest != nil {
 		return r.latest.revision()
@@ -702,8 +719,8 @@ func (r *LogReader[T]) Revision() Revision {
 	return r.watcher.Revision()
 }
 
-// Close ends the reader with ErrClosed. It returns nil, or the cause if the reader had ended before by itself. So do further
-// calls.
+// Close ends the reader with ErrClosed. It returns nil, or the cause if the reader had ended before
+// by itself. So do further calls.
 func (r *LogReader[T]) Close() error {
 	err := r.watcher.Close()
 	if r.latest != nil && r.watcher.hasStopped() {

@@ -12,9 +12,11 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// Watcher is a watch. It is a context.Context: Done closes when the watcher has ended, and context.Cause says why.
+// Watcher is a watch. [Watch] makes it. Read Events until the channel is closed; Close ends it, and
+// so does its parent. The zero Watcher is not usable.
 //
-// All methods are safe for concurrent use.
+// It is a context.Context: Done is closed when the watcher has ended, and context.Cause returns
+// why. All methods are safe for concurrent use.
 type Watcher[T any] struct {
 	lifetime
 	queue     *queue
@@ -37,20 +39,23 @@ const (
 	EventPut EventType = iota + 1
 	// EventDelete says that the key was deleted, by hand or with its lease.
 	EventDelete
-	// EventSynced says, to a watcher with a snapshot, that what it was told is all there was at Event.Revision.
+	// EventSynced marks the end of a snapshot: the events so far describe all keys at
+	// Event.Revision.
 	EventSynced
 	// EventInvalid says that the key was created or changed, to a value that does not decode.
 	EventInvalid
 )
 
-// A Mirror gets these as well.
+// A Mirror gets these events as well.
 const (
-	// eventListing says that a list begins: all keys, then EventSynced. One that was not finished is void.
+	// eventListing says that a list begins: all keys, then EventSynced. An earlier list that was
+	// not finished is void.
 	eventListing EventType = -1 - iota
 	// eventProgress says that no more changes up to Event.Revision will come.
 	eventProgress
 )
 
+// String returns "put", "delete", "synced" or "invalid".
 func (t EventType) String() string {
 	switch t {
 	case EventPut:
@@ -67,30 +72,35 @@ func (t EventType) String() string {
 
 // Event is a change of a key, or EventSynced.
 type Event[T any] struct {
+	// Type says what the event is.
 	Type EventType
-	// Key is empty in EventSynced.
+	// Key is the key that changed. It is empty in EventSynced.
 	Key string
-	// Value is the new value, in EventPut alone.
+	// Value is the new value in EventPut, and otherwise zero.
 	Value T
-	// Prev is the value before this event, if [WithPrev] asked for it; nil if there was none, if it did not decode, or if
-	// etcd no longer had it.
+	// Prev is the value before this event, if the watcher has [WithPrev]. It is nil if there was
+	// none, if it did not decode, or if etcd no longer had it.
 	Prev *T
-	// Version is 1 when the key was created and grows by one with each change; 0 in EventDelete and EventSynced.
+	// Version is 1 when the key was created, and grows by one with each change. It is 0 in
+	// EventDelete and EventSynced.
 	Version int64
-	// CreateRevision is the store's revision when the key was created; 0 in EventDelete and EventSynced.
+	// CreateRevision is the store's revision when the key was created. It is 0 in EventDelete and
+	// EventSynced.
 	CreateRevision Revision
-	// Revision is the store's when the change was made, and all changes of one transaction have the same. A deletion that
-	// was found out by listing has the list's.
+	// Revision is the store's revision when the change was made. All changes of one transaction
+	// have the same. A deletion that a list has brought to light has the list's.
 	Revision Revision
-	// Raw is the bytes that did not decode, in EventInvalid alone, and Err says why.
+	// Raw holds the bytes that did not decode in EventInvalid, and is otherwise nil.
 	Raw []byte
+	// Err Is [ErrInvalidValue] and wraps the codec's error in EventInvalid. It is otherwise nil.
 	Err error
 }
 
-// A WatchOption shapes a [Watcher].
+// A WatchOption shapes a [Watcher] or a [Mirror]. See the table of options in the package's
+// documentation.
 type WatchOption interface{ applyWatch(*watchConfig) }
 
-// A CodecOption is for what reads or writes values.
+// A CodecOption shapes what reads or writes values: watches, mirrors, logs and registrations.
 type CodecOption interface {
 	WatchOption
 	LogOption
@@ -105,10 +115,10 @@ type watchConfig struct {
 	snapshot bool
 	from     Revision // 0: from now on
 
-	head     *mvccpb.KeyValue // what comes before from
-	headFrom Revision         // up to where everything was received before head
+	head     *mvccpb.KeyValue // sent before the events from revision from on
+	headFrom Revision         // everything up to this revision was received before head
 
-	relists bool // every list is sent whole, after eventListing, so that nothing is kept of what was sent
+	relists bool // every list is sent whole, after eventListing, and nothing is kept of it
 	reports bool // eventProgress is sent
 }
 
@@ -116,27 +126,34 @@ type watchOption func(*watchConfig)
 
 func (o watchOption) applyWatch(c *watchConfig) { o(c) }
 
-// WithPrefix watches all keys that begin with the key.
+// WithPrefix watches all keys that begin with the key. With the key "" it watches every key in
+// etcd.
 func WithPrefix() WatchOption {
 	return watchOption(func(c *watchConfig) { c.prefix = true })
 }
 
-// WithPrev fills in Event.Prev. With a snapshot that keeps all followed values in memory, and Prev is what the watcher told
-// last; without, etcd is asked for it, and no longer has what was compacted.
+// WithPrev makes the watcher set Event.Prev. With a snapshot the watcher keeps the followed values
+// in memory, and Prev is the value that it sent last. Without one etcd sends Prev, unless it has
+// compacted that value.
 func WithPrev() WatchOption {
 	return watchOption(func(c *watchConfig) { c.prev = true })
 }
 
-// WithRevision watches from this revision on, inclusive, which may be in the past or in the future. Default, and 0: from now
-// on. A negative one is refused, and so is one beside WithSnapshot. A revision that etcd has compacted is ErrGap.
+// WithRevision watches from this revision on, inclusive. The default, and 0, is from now on. The
+// revision may be in the past. If etcd has compacted it, or if it is more than one past etcd's
+// revision, because etcd was restored from a backup, Watch returns [ErrGap]. A negative revision is
+// refused, and so is the option beside [WithSnapshot].
 func WithRevision(r Revision) WatchOption {
 	return watchOption(func(c *watchConfig) { c.from = r })
 }
 
-// WithSnapshot follows the state: first comes every key there is as an EventPut, in order of keys, then EventSynced, then each
-// change. Where changes were missed (to compaction, because the reader was slow, or because etcd was restored from an older
-// backup) the watcher lists again, and sends what differs from what it told before as EventPut and EventDelete, then
-// EventSynced. Such a list is of one revision, but its events are not in the order of theirs.
+// WithSnapshot makes the watcher follow the state. It sends every current key as an EventPut, in
+// the order of keys, then EventSynced, then each change.
+//
+// After missing changes the watcher lists the keys again. It sends the differences from what it
+// sent before as EventPut and EventDelete, and then EventSynced. It misses changes if etcd compacts
+// them, if its reader is slow, or if etcd is restored from a backup. A list is of one revision, but
+// its events are in the order of keys and not of their revisions.
 func WithSnapshot() WatchOption {
 	return watchOption(func(c *watchConfig) { c.snapshot = true })
 }
@@ -155,21 +172,35 @@ func (c *watchConfig) validate(key string) error {
 	return c.retry.validate()
 }
 
-// Watch watches a key, or with [WithPrefix] all keys that begin with it. It returns once the watch stands: no later change is
-// missed. ctx is the watcher's parent; the caller reads [Watcher.Events], and closes the watcher if ctx is not to end it.
+// Watch watches a key, or with [WithPrefix] all keys that begin with it. It returns once the watch
+// stands: no later change is missed. ctx is the watcher's parent, and not a timeout of the call.
+// Read [Watcher.Events] until the channel is closed, and Close the watcher if ctx lives on.
 //
-// The watcher resumes after faults, for as long as they last. Without [WithSnapshot] every change comes once and in order,
-// changes of one transaction together; where compaction, or a restore from an older backup, makes that impossible, the
-// watcher ends with ErrGap after the last change before the gap. With it the state is followed through both.
+// The watcher resumes after faults, for as long as they last. It leaves a member that is cut off
+// from the others, and within 5 s a connection that is dead.
+//   - Without [WithSnapshot] it sends every change, once and in order, and the changes of a
+//     transaction together. If compaction or a restore from a backup makes that impossible, it ends
+//     with [ErrGap] after the last change before the gap.
+//   - With WithSnapshot it follows the state through both.
 //
-// A reader may be slow: a few megabytes are read ahead. Then the watch is put off until the reader has read them, so that it
-// can be overtaken by compaction. Where the client's Watcher is wrapped (client/v3/namespace), a watch that is behind reads at once
-// what up to a thousand revisions have changed, and one that was reset may leave a stream open until the client is closed.
+// A slow reader delays only its own watcher. The watcher buffers a few megabytes, or one
+// transaction if that is larger. Then it stops watching until the reader has read them, and
+// compaction can overtake it.
 //
-// Errors: what etcd answered, when [RetryPolicy] has given up, which counts for this call alone; ErrGap if WithRevision was
-// compacted; rpctypes.ErrPermissionDenied, which also ends a watcher that resumes. A watcher notices that its connection
-// is dead, though nobody closed it, by DialKeepAliveTime in clientv3.Config: set it. Each watcher has a stream to etcd of
-// its own (etcd's --max-concurrent-streams bounds them for each client) and asks for progress about once a second.
+// All watches of a client share streams to etcd, and idle watches send no requests of their own. If
+// the client's Watcher is wrapped, as by client/v3/namespace, watches go through the wrapper: then
+// only DialKeepAliveTime in clientv3.Config makes them leave a dead connection.
+//
+// Servers of version 3.5.0 to 3.5.7 report progress that a watch has not reached. Watches need
+// 3.5.8 or later.
+//
+// Errors:
+//   - [ErrGap] if WithRevision is compacted, or more than one past etcd's revision.
+//   - rpctypes.ErrPermissionDenied if the keys may not be read. It also ends a watcher that
+//     resumes.
+//   - An error that names the argument if key is empty without WithPrefix, or an option is refused.
+//   - ctx's end, or what etcd answered last if [RetryPolicy] gave up. The policy bounds only this
+//     call.
 func Watch[T any](ctx context.Context, client *clientv3.Client, key string, opts ...WatchOption) (*Watcher[T], error) {
 	if err := requireClient(ctx, client); err != nil {
 		return nil, err
@@ -193,7 +224,8 @@ func newWatcher[T any](ctx context.Context, key string, c *watchConfig) (*Watche
 	return newWatcherOf[T](ctx, key, c, nil)
 }
 
-// newWatcherOf is newWatcher with a function that decodes whole keys, unless it is nil.
+// newWatcherOf is newWatcher with a function that decodes whole keys. If it is nil, the codec
+// decodes.
 func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode func(kv *mvccpb.KeyValue) (T, error)) (*Watcher[T], error) {
 	w := makeWatcher(ctx, decode)
 	w.codec = c.codec
@@ -213,8 +245,8 @@ func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode
 	return w, nil
 }
 
-// newFedWatcher returns a Watcher, whose parent is ctx, that delivers what run pushes to its queue. run returns when its
-// context ends, or after it has pushed an end.
+// newFedWatcher returns a Watcher that delivers what run pushes to its queue. ctx is its parent.
+// run returns when its context ends, or after it has pushed an end.
 func newFedWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error), run func(ctx context.Context, q *queue)) *Watcher[T] {
 	w := makeWatcher(ctx, decode)
 	w.feeding.Go(func() { run(w.ctx, w.queue) })
@@ -234,13 +266,14 @@ func makeWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T
 	return w
 }
 
-// Events returns the channel of the events. It is closed when the watcher has ended: at once if it was closed or its parent
-// ended, else after the last event. context.Cause(w) then reports why, and is never nil.
+// Events returns the channel of the events. It is closed when the watcher has ended: at once if the
+// watcher was closed or its parent has ended, otherwise after the last event. Then context.Cause(w)
+// returns why, and is never nil. Each event is received once, even if several goroutines receive.
 func (w *Watcher[T]) Events() <-chan Event[T] { return w.events }
 
-// Revision returns R such that every event up to R was received. Resume with WithRevision(R+1): that repeats what was
-// received of a transaction that was not received to its end. R moves on although nothing changes. With a snapshot it is 0
-// before the first EventSynced.
+// Revision returns R such that every event up to R was received. Resume with WithRevision(R+1),
+// which repeats the events of a transaction that was not received to its end. R grows even if
+// nothing changes. With a snapshot it is 0 before the first EventSynced.
 func (w *Watcher[T]) Revision() Revision {
 	queue := w.queue
 	for {
@@ -261,8 +294,8 @@ func (w *Watcher[T]) Revision() Revision {
 // lookAgain is offered as the revision when everything was received.
 const lookAgain = -1
 
-// Close ends the watcher with ErrClosed. It returns nil, or the cause if the watcher had ended before by itself. So do
-// further calls. It does not wait for a codec for longer than 5 s.
+// Close ends the watcher with ErrClosed, and waits for what it has started, for at most 5 s. It
+// returns nil, or the cause if the watcher had ended before by itself. So do further calls.
 func (w *Watcher[T]) Close() error {
 	w.shutdown(ErrClosed)
 	timeout := time.NewTimer(maxClosing)
@@ -287,8 +320,8 @@ func (w *Watcher[T]) hasStopped() bool {
 	}
 }
 
-// deliver hands over what the reflector has queued. Only the reader of Events keeps it waiting, and the codec, so that it
-// always has the exact revision.
+// deliver sends to Events what the reflector has queued. It waits only for the reader and for the
+// codec, so that it always has the exact revision.
 func (w *Watcher[T]) deliver(rev Revision) {
 	queue := w.queue
 	defer func() {
@@ -374,10 +407,12 @@ func (w *Watcher[T]) valueOf(kv *mvccpb.KeyValue) (T, error) {
 	return decode[T](w.codec, kv.Value)
 }
 
-// askProgress asks etcd now how far the watch has come. It never blocks, and the answer may fail to come.
+// askProgress asks etcd now how far the watch has come. It never blocks, and the answer may fail to
+// come.
 func (w *Watcher[T]) askProgress() { w.reflector.source.askProgress(&w.reflector.sub) }
 
-// change is what a reflector has for its watcher: an event, how far the reflector has come, or its end.
+// change is what a reflector has for its watcher: an event, how far the reflector has come, or its
+// end.
 type change struct {
 	kind EventType // 0: no event
 	kv   *mvccpb.KeyValue
@@ -398,7 +433,8 @@ func (c change) size() int {
 	return size
 }
 
-// maxBuffered is after how many bytes a reflector no longer reads ahead of its watcher, who may hold as many again.
+// maxBuffered is after how many bytes a reflector no longer reads ahead of its watcher, who may
+// hold as many again.
 const maxBuffered = 4 << 20
 
 // queue is what is read ahead.
@@ -447,7 +483,8 @@ func (q *queue) push(changes ...change) (room bool) {
 	return !q.full
 }
 
-// pass records that nothing happened up to a revision. Nobody is woken for that, unless the watcher wants reports.
+// pass records that nothing happened up to a revision. Nobody is woken for that, unless the watcher
+// wants reports.
 func (q *queue) pass(upTo Revision) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -462,8 +499,8 @@ func (q *queue) pass(upTo Revision) {
 	}
 }
 
-// take takes what is queued, after everything up to rev was received. It returns up to where everything was, and whether
-// the queue was full.
+// take takes what is queued, after everything up to rev was received. It returns up to where
+// everything was, and whether the queue was full.
 func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
