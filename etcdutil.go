@@ -162,38 +162,43 @@ import (
 	"strings"
 )
 
-// Revision is an etcd store revision.
+// Revision is a revision of etcd's store. It grows by one with each transaction that changes
+// something. 0 is no revision.
 type Revision = int64
 
-// Test for these with errors.Is, on returned errors and on context.Cause(resource).
+// These are the errors of this package. Test for them with errors.Is, on returned errors and on
+// context.Cause(resource).
 var (
-	// ErrClosed says that the owner closed it.
+	// ErrClosed says that the owner has closed the resource.
 	ErrClosed = errors.New("etcdutil: closed")
-	// ErrLeaseExpired says that the lease was not renewed in time: the server may have given its keys away, or is
-	// about to.
+	// ErrLeaseExpired says that the lease was not renewed in time. The server has deleted its keys,
+	// or is about to.
 	ErrLeaseExpired = errors.New("etcdutil: lease expired")
-	// ErrLeaseRevoked says that the server no longer knows the lease.
+	// ErrLeaseRevoked says that the server no longer has the lease.
 	ErrLeaseRevoked = errors.New("etcdutil: lease revoked")
-	// ErrLockLost says that the lock is no longer held. It wraps ErrLeaseExpired, ErrLeaseRevoked or (a shared lease
-	// closed under its lock) ErrClosed where that is why; else the lock's key was deleted.
+	// ErrLockLost says that the lock is no longer held. It wraps the cause if that is known when
+	// the loss is noticed: ErrLeaseExpired, ErrLeaseRevoked, or ErrClosed if a shared lease was
+	// closed under the lock. Otherwise the lock's key was deleted.
 	ErrLockLost = errors.New("etcdutil: lock lost")
-	// ErrLockHeld says that somebody else holds the lock or waits for it.
+	// ErrLockHeld says that somebody else holds the lock or waits for it, or that the caller's
+	// context already runs under it.
 	ErrLockHeld = errors.New("etcdutil: lock held by another")
-	// ErrLogConflict says that the log was written by somebody else: who does not hold this lock, or by another writer
-	// under it.
+	// ErrLogConflict says that somebody else has written the log: without the lock, or by another
+	// writer under it.
 	ErrLogConflict = errors.New("etcdutil: log written by another")
-	// ErrUnknownOutcome says that a write may or may not have been applied, and that reading back could not tell.
+	// ErrUnknownOutcome says that a write may or may not have been applied, and that reading back
+	// could not show which.
 	ErrUnknownOutcome = errors.New("etcdutil: outcome unknown")
-	// ErrGap says that a watch without a snapshot lost events to compaction, or to a restore from a
-	// backup.
+	// ErrGap says that a watch without a snapshot, or a log's reader, lost events to compaction or
+	// to a restore from a backup.
 	ErrGap = errors.New("etcdutil: events lost")
-	// ErrConditionFailed says that a condition of CommitIf did not hold: nothing was applied, and the
-	// lock is held.
+	// ErrConditionFailed says that a condition of CommitIf did not hold: nothing was applied, and
+	// the lock is held.
 	ErrConditionFailed = errors.New("etcdutil: condition failed")
 	// ErrNoHolder says that nobody holds the lock.
 	ErrNoHolder = errors.New("etcdutil: nobody holds the lock")
-	// ErrReplaced says that somebody else has written the key of a registration, under a lease of
-	// theirs.
+	// ErrReplaced says that somebody else has written the key of a registration, under another
+	// lease.
 	ErrReplaced = errors.New("etcdutil: registration replaced by another")
 	// ErrInvalidValue says that a value does not decode. It wraps the codec's error.
 	ErrInvalidValue = errors.New("etcdutil: invalid value")
@@ -203,8 +208,8 @@ var (
 
 const errPrefix = "etcdutil: "
 
-// errorf is fmt.Errorf for the errors of exported functions: the text has the package's prefix once,
-// at its beginning, whatever it wraps.
+// errorf is fmt.Errorf for the errors of exported functions: the text has the package's prefix
+// once, at its beginning, whatever it wraps.
 func errorf(format string, args ...any) error {
 	err := fmt.Errorf(format, args...)
 	text := strings.TrimPrefix(err.Error(), errPrefix)
