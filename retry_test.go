@@ -407,9 +407,7 @@ func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
 				err := f()
 				require.ErrorContains(t, err, says, name)
 				require.ErrorIs(t, err, context.DeadlineExceeded, name)
-				if strings.Contains(name, "NewLease") {
-					require.Equal(t, 1, strings.Count(err.Error(), "etcdutil: "), "%s: %v", name, err)
-				}
+				require.Equal(t, 1, strings.Count(err.Error(), "etcdutil: "), "%s: %v", name, err)
 			}
 		})
 	}
