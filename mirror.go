@@ -2,7 +2,6 @@ package etcdutil
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"hash/maphash"
 	"iter"
@@ -54,9 +53,9 @@ const (
 // changes. It is right again within 2 s of etcd being back, unless [WithRetryPolicy] sets a Max
 // above the default, here 500 ms, or the list takes longer.
 //
-// The keys need about the memory of a Go map of the decoded values. A mirror runs two goroutines of
-// its own beside those of a [Watcher], whatever the number of keys. It sends one small read and one
-// request for progress a second, by which [Mirror.AsOf] moves.
+// The keys need about the memory of a Go map of the decoded values. A mirror runs three goroutines,
+// that of its [Watcher] included, whatever the number of keys. It sends one small read a second, by
+// which [Mirror.AsOf] moves, and while other keys are written one request for progress.
 //
 // Values are decoded by the codec of [WithCodec]. [WithRevision] and [WithPrev] are refused.
 // [WithSnapshot] changes nothing.
@@ -478,11 +477,7 @@ func (d *mirrorDraft[T]) apply(e Event[decoded[T]]) {
 	case EventPut:
 		d.put(e.Key, e.Value)
 	case EventInvalid:
-		err := e.Err
-		if !errors.Is(err, ErrInvalidValue) {
-			err = fmt.Errorf("%w: %w", ErrInvalidValue, err)
-		}
-		d.putInvalid(e.Key, invalidValue{err, valueSum(e.Raw)})
+		d.putInvalid(e.Key, invalidValue{e.Err, valueSum(e.Raw)})
 	case EventDelete:
 		d.values.delete(e.Key)
 		d.invalid.delete(e.Key)

@@ -56,7 +56,8 @@ const (
 // lease's TTL has passed.
 //
 // The options are [WithTTL] (default [DefaultTTL]), [WithKeepAliveInterval], [WithExpiryMargin],
-// [WithCodec], and every [Option]. A registration runs one goroutine beside those of a [Watcher].
+// [WithCodec], and every [Option]. A registration runs two goroutines, that of its [Watcher]
+// included.
 //
 // Errors:
 //   - an error that names the argument, if key is empty, v cannot be encoded, or an option is
