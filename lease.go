@@ -28,7 +28,7 @@ import (
 // returns why the lease ended:
 //   - [ErrClosed] after Close.
 //   - [ErrLeaseExpired] if it was not renewed in time. It wraps what the last renewal failed with.
-//   - [ErrLeaseRevoked] if the server no longer knows the lease. The next renewal notices that.
+//   - [ErrLeaseRevoked] if the server no longer has the lease. The next renewal notices that.
 //   - The parent's cause.
 //
 // All methods are safe for concurrent use.
@@ -164,7 +164,8 @@ func wholeSeconds(d time.Duration) int64 {
 // at least by default.
 //
 // The request is retried as [RetryPolicy] says. On failure, any lease it created is revoked in the
-// background, or expires. A client from clientv3.NewCtxClient has no connection and is refused.
+// background, or expires. A client from clientv3.NewCtxClient has no connection and is refused. A
+// nil ctx or client panics.
 //
 // Errors:
 //   - What etcd answered, or why there was no connection.
@@ -310,8 +311,8 @@ func (l *Lease) Expiry() time.Time {
 	return l.expiry
 }
 
-// Alive asks the server whether it knows the lease. ctx bounds the request. Alive works also when
-// the lease's context has ended, and changes nothing.
+// Alive asks the server whether it has the lease. It is a request, which ctx and [RetryPolicy]
+// bound. It changes nothing, and works also when the lease's context has ended.
 func (l *Lease) Alive(ctx context.Context) (bool, error) {
 	resp, err := retry(ctx, &l.config, l.config.retry, "ask for lease "+hexID(l.id), func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
 		return l.config.client.TimeToLive(ctx, l.id)

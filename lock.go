@@ -44,7 +44,7 @@ type Lock struct {
 	watching      sync.WaitGroup
 }
 
-// A LockOption shapes a lock.
+// A LockOption shapes a lock. See the table of options in the package's documentation.
 type LockOption interface{ applyLock(*lockConfig) }
 
 type lockConfig struct {
@@ -60,8 +60,8 @@ type lockOption func(*lockConfig)
 
 func (o lockOption) applyLock(c *lockConfig) { o(c) }
 
-// WithTTL sets the TTL of the lock's own lease; default [DefaultTTL]. It must be positive, and is
-// rounded up to seconds. It cannot be combined with WithLease.
+// WithTTL sets the TTL of the own lease of a lock or registration. The default is [DefaultTTL]. It
+// must be positive, and is rounded up to seconds. It cannot be combined with [WithLease].
 func WithTTL(ttl time.Duration) TTLOption { return ttlOption(ttl) }
 
 // A TTLOption shapes a lock or a registration.
@@ -77,7 +77,7 @@ func (o ttlOption) applyRegister(c *registerConfig) {
 	c.ttl = (*time.Duration)(&o)
 }
 
-// WithLease has the lock held by this lease, which any number of locks may share. Two locks of one
+// WithLease makes the lock use this lease, which any number of locks may share. Two locks of one
 // name on one lease exclude each other like any others.
 //
 // Closing the lock leaves the lease alive. Losing the lease loses the lock, and so does closing it:
@@ -88,15 +88,16 @@ func WithLease(lease *Lease) LockOption {
 	return lockOption(func(c *lockConfig) { c.lease, c.shared = lease, true })
 }
 
-// WithValue sets what is stored in the lock's key, for example who holds it; default "". [Holder]
-// and concurrency.Election.Leader read it. The method Value of [Lock] is another: it is the
-// context's.
+// WithValue sets the value of the lock's key, for example who holds it. The default is "". [Holder]
+// and concurrency.Election.Leader read it. The method Value of [Lock] does not return it: that is
+// the context's.
 func WithValue(v string) LockOption {
 	return lockOption(func(c *lockConfig) { c.value = v })
 }
 
-// WithAcquireTimeout bounds the time until the lock is held, and nothing after that: then Acquire
-// gives up with context.DeadlineExceeded. It must be positive. By default only ctx bounds the wait.
+// WithAcquireTimeout bounds the time until the lock is held, and nothing after that. When it has
+// passed, Acquire gives up with context.DeadlineExceeded. d must be positive. By default only ctx
+// bounds the wait.
 func WithAcquireTimeout(d time.Duration) LockOption {
 	return lockOption(func(c *lockConfig) { c.timeout = &d })
 }
@@ -198,6 +199,8 @@ func (c *lockConfig) bound(ctx context.Context, start time.Time) (context.Contex
 // grant of that lease as [RetryPolicy] says. On failure Acquire removes its key and its lease, in
 // the background if etcd cannot be reached. In any case they end with the lease.
 //
+// A nil ctx or client panics.
+//
 // Errors:
 //   - [ErrInvalidName] if name is not allowed.
 //   - [ErrLockHeld] if ctx runs under a lock of this name and client: Acquire would wait for
@@ -234,7 +237,8 @@ func TryAcquire(ctx context.Context, client *clientv3.Client, name string, opts 
 	return acquire(ctx, c, name, start, func(q *contender, ctx context.Context) error { return q.tryClaim(ctx, seen) })
 }
 
-// Do acquires the lock, runs fn under its context, waits for fn, and releases, also if fn panics.
+// Do acquires the lock, runs fn under its context, waits for fn, and releases, also if fn panics. A
+// nil ctx, client or fn panics.
 //
 // Errors:
 //   - Those of [Acquire]; then fn was not run.
@@ -286,8 +290,9 @@ func (s *scope) holds(client *clientv3.Client, name string) bool {
 		l.outer.holds(client, name) || s.outer.holds(client, name)
 }
 
-// LockFrom returns the lock that ctx runs under, for code deep inside that must fence its writes.
-// It is the innermost where locks are nested. It is still returned when it has been lost or closed.
+// LockFrom returns the lock that ctx runs under, for code that must fence its writes but does not
+// get the lock passed. That is the innermost lock if locks are nested. It returns a lock that has
+// been lost or closed as well, and false if ctx runs under none.
 func LockFrom(ctx context.Context) (*Lock, bool) {
 	s := scopeOf(ctx)
 	if s == nil {
@@ -458,7 +463,8 @@ func (l *Lock) Token() Revision { return l.queue.token }
 func (l *Lock) Lease() *Lease { return l.lease }
 
 // Do runs fn under a context with ctx's values that ends when ctx or the lock does, and waits for
-// fn to return. If the lock ended, that context's cause is the lock's.
+// fn to return. If the lock ended, that context's cause is the lock's. Do does not release the
+// lock. A nil ctx or fn panics.
 //
 // Errors:
 //   - [ErrLockLost] if the lock was lost before fn returned. It also wraps fn's error.
@@ -496,15 +502,14 @@ func joinLoss(lost, err error) error {
 	return errorf("%w: %w", lost, err)
 }
 
-// IsOwner compares, in a transaction of the caller's own, whether the lock is still held: it fails
-// once the lock's key is gone. Unlike Commit such a transaction may be applied twice, if clientv3
-// repeats it.
+// IsOwner returns a comparison for a transaction of your own. It fails once the lock's key is gone.
+// Unlike [Lock.Commit], such a transaction may be applied twice if clientv3 repeats it.
 func (l *Lock) IsOwner() clientv3.Cmp {
 	return clientv3.Compare(clientv3.CreateRevision(l.queue.key), "=", l.queue.token)
 }
 
-// Alive asks etcd whether the lock's key is there. It is a request, which [RetryPolicy] and ctx
-// bound. It answers whatever the state of the lock's context, and changes nothing.
+// Alive asks etcd whether the lock's key exists. It is a request, which ctx and [RetryPolicy]
+// bound. It changes nothing, and works also when the lock's context has ended.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
 	kv, err := l.fence.read(ctx, l.config.retry)
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// An Observer is called as things happen, for metrics, alerts and tests. Pass it to a constructor by
-// [WithObserver]. Each func may be nil.
+// An Observer is called as things happen, for metrics, alerts and tests. Pass it to a constructor
+// by [WithObserver]. Each func may be nil.
 //
 // The funcs of one resource are called one at a time, in the order of the resource's events, from a
 // goroutine that only Close waits for, and for no longer than 25 ms. They may block, panic or call
@@ -30,8 +30,8 @@ type Observer struct {
 	// Lost is called when a lock that was held is lost. Took is how long it was held. Err is the
 	// cause: it Is ErrLockLost.
 	Lost func(LockEvent)
-	// Renewed is called when a lease was renewed. Took is the round trip. Left is what the lease had
-	// left when the answer came: the smaller it is, the nearer was the loss.
+	// Renewed is called when a lease was renewed. Took is the round trip. Left is what the lease
+	// had left when the answer came: the smaller it is, the nearer was the loss.
 	Renewed func(LeaseEvent)
 	// Retrying is called for each attempt that failed and is repeated.
 	Retrying func(RetryEvent)
@@ -68,7 +68,8 @@ type WatchEvent struct {
 	Err error
 }
 
-// WithObserver sets who is called as things happen; default nobody. See [Observer].
+// WithObserver sets the [Observer] that is called as things happen. The default is none, and costs
+// nothing.
 func WithObserver(o Observer) Option {
 	return option(func(c *config) { c.observer = &o })
 }

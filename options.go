@@ -9,7 +9,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// An Option is understood by every constructor and by [Retry].
+// An Option is accepted by every constructor, and by [Retry] and [Holder].
 type Option interface {
 	LeaseOption
 	RetryOption
@@ -18,8 +18,8 @@ type Option interface {
 	RegisterOption
 }
 
-// A RegisterOption shapes a registration. These are WithTTL, WithKeepAliveInterval,
-// WithExpiryMargin, WithCodec, and every Option.
+// A RegisterOption shapes a registration: WithTTL, WithKeepAliveInterval, WithExpiryMargin,
+// WithCodec, and every [Option].
 type RegisterOption interface{ applyRegister(*registerConfig) }
 
 // WithLogger sets where a resource logs. It writes one line when a lock is acquired, released or

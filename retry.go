@@ -87,7 +87,7 @@ func (p RetryPolicy) attemptTimeout(timeouts int) time.Duration {
 	return min(firstAttemptTimeout<<min(timeouts, 10), maxAttemptTimeout)
 }
 
-// A RetryOption shapes [Retry].
+// A RetryOption shapes [Retry] and [Holder].
 type RetryOption interface{ applyRetry(*config) }
 
 // Retry calls op until it succeeds, or fails with an error that is not [IsTransient], or until the
