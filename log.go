@@ -454,11 +454,14 @@ func (c *logConfig) resolveFirst(ctx context.Context, name string) error {
 
 // resolveAfter begins after an entry.
 func (c *logConfig) resolveAfter(ctx context.Context, name string) error {
-	resp, err := c.readAt(ctx, name, c.after.revision)
-	if c.after.revision == 0 || errors.Is(err, rpctypes.ErrCompacted) {
-		return c.resolveCompacted(ctx, name)
-	}
+	resp, err := c.readAt(ctx, name, max(c.after.revision, 1)) // at revision 1 etcd is empty
 	switch {
+	case errors.Is(err, rpctypes.ErrCompacted):
+		return c.resolveCompacted(ctx, name)
+	case err == nil && c.after.revision == 0 && c.after.version == 0:
+		return c.resolveFirst(ctx, name)
+	case err == nil && c.after.revision == 0:
+		return fmt.Errorf("%w: at revision 0 the log had no version %d", ErrGap, c.after.version)
 	case errors.Is(err, rpctypes.ErrFutureRev):
 		return fmt.Errorf("%w: after revision %d, which is past etcd's", ErrGap, c.after.revision)
 	case err != nil:

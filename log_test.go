@@ -1259,3 +1259,19 @@ func TestClosedReadersAndWritersLeaveNothing(t *testing.T) {
 	require.NoError(t, lock.Close())
 	eventually(t, func() bool { return goroutinesIn("v3rpc.(*serverWatchStream)") == 0 }, "no watch is left")
 }
+
+func TestLogReaderOfVersion0ReadsEveryEntryOfALogThatIsNotCompacted(t *testing.T) {
+	t.Parallel()
+	_, w, client := newLog(t)
+	early := mustReader[string](t, client, nameOf(t), WithEntriesAfter(0, 0))
+	mustWrite(t, w, 1, "a", "b")
+	late := mustReader[string](t, client, nameOf(t), WithEntriesAfter(0, 0))
+	for _, r := range []*LogReader[string]{early, late} {
+		mustReadValues(t, r, 1, "a", "b")
+	}
+	again := mustReader[string](t, client, nameOf(t), WithEntriesAfter(2, late.Revision()))
+	mustWrite(t, w, 3, "c")
+	mustReadValues(t, again, 3, "c")
+	_, err := NewLogReader[string](t.Context(), client, nameOf(t), WithEntriesAfter(2, 0))
+	require.ErrorIs(t, err, ErrGap)
+}
