@@ -15,7 +15,6 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -88,7 +87,8 @@ type runner struct {
 	lease    atomic.Pointer[etcdutil.Lease] // of the workers
 	metrics  *etcdmetrics.Metrics
 	logger   etcdutil.Option
-	from     etcdutil.Revision // where to go on with the audit log
+	version  int64             // of the last entry of the audit log that was read
+	revision etcdutil.Revision // when that was written
 }
 
 // run is a replica's life. It returns nil when ctx has ended.
@@ -115,7 +115,7 @@ func run(ctx context.Context, c config, log *slog.Logger) error {
 	defer server.Close()
 
 	data, _ := os.ReadFile(c.position) // none: from the first entry
-	r.from, _ = strconv.ParseInt(string(data), 10, 64)
+	_, _ = fmt.Sscan(string(data), &r.version, &r.revision)
 
 	var all sync.WaitGroup
 	defer all.Wait() // each of these ends with ctx
@@ -268,7 +268,8 @@ func (r *runner) takeJob(ctx context.Context, lease *etcdutil.Lease, id string) 
 
 // audit reads the audit log from where this replica stopped reading it.
 func (r *runner) audit(ctx context.Context) error {
-	reader, err := etcdutil.NewLogReader[Audited](ctx, r.client, auditName, etcdutil.WithEveryEntry(r.from), r.logger, r.metrics.Observer())
+	reader, err := etcdutil.NewLogReader[Audited](ctx, r.client, auditName, etcdutil.WithEntriesAfter(r.version, r.revision),
+		r.logger, r.metrics.Observer())
 	if err != nil {
 		return r.skipGap(ctx, err)
 	}
@@ -278,7 +279,7 @@ func (r *runner) audit(ctx context.Context) error {
 			return r.skipGap(ctx, err)
 		}
 		r.log.Info("audit", "version", entry.Version, "who", entry.Value.Who, "what", entry.Value.What)
-		r.moveTo(entry.Revision + 1)
+		r.moveTo(entry.Version, entry.Revision)
 	}
 	return nil
 }
@@ -286,14 +287,14 @@ func (r *runner) audit(ctx context.Context) error {
 // skipGap goes on after entries that were compacted before they were read.
 func (r *runner) skipGap(ctx context.Context, err error) error {
 	if errors.Is(err, etcdutil.ErrGap) {
-		if resp, getErr := r.client.Get(ctx, auditName, clientv3.WithKeysOnly()); getErr == nil {
-			r.moveTo(resp.Header.Revision)
+		if resp, _ := r.client.Get(ctx, auditName, clientv3.WithKeysOnly()); resp != nil && len(resp.Kvs) > 0 {
+			r.moveTo(resp.Kvs[0].Version, resp.Header.Revision)
 		}
 	}
 	return err
 }
 
-func (r *runner) moveTo(from etcdutil.Revision) {
-	r.from = from
-	_ = os.WriteFile(r.position, strconv.AppendInt(nil, from, 10), 0o600) // fails if the name is empty
+func (r *runner) moveTo(version int64, revision etcdutil.Revision) {
+	r.version, r.revision = version, revision
+	_ = os.WriteFile(r.position, fmt.Appendln(nil, version, revision), 0o600) // fails if the name is empty
 }

@@ -72,6 +72,9 @@ func (r *replica) start(t *testing.T) {
 	t.Cleanup(func() {
 		stop()
 		<-r.done
+		if t.Failed() {
+			t.Logf("%s:\n%s", r.name, r.log.String())
+		}
 	})
 }
 
@@ -249,4 +252,26 @@ func TestReplicaStopsWithin1s(t *testing.T) {
 	require.Zero(t, count(t, client, working), "its jobs are given back")
 	_, err := etcdutil.Holder(t.Context(), client, leaderName)
 	require.ErrorIs(t, err, etcdutil.ErrNoHolder)
+}
+
+func TestAuditGoesOnAfterEntriesThatWereCompacted(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	client := cluster.Client(t)
+	put(t, client, Settings{Every: 20, Takes: 0})
+	first, second := startReplica(t, cluster, "anna"), startReplica(t, cluster, "bert")
+	awaitJobs(t, client, 5)
+	second.stops(t, time.Second)
+	awaitJobs(t, client, 10)
+	resp, err := client.Get(t.Context(), auditName)
+	require.NoError(t, err)
+	_, err = client.Compact(t.Context(), resp.Header.Revision)
+	require.NoError(t, err)
+	second.start(t)
+	awaitJobs(t, client, 5)
+	eventually(t, func() bool {
+		last := regexp.MustCompile(`msg=audit version=(\d+) `).FindAllStringSubmatch(second.log.String(), -1)
+		return strings.Contains(second.log.String(), "events lost") && len(last) > 0 &&
+			strings.Contains(first.log.String(), last[len(last)-1][0]) && len(last[len(last)-1][1]) >= len(fmt.Sprint(resp.Kvs[0].Version))
+	}, "the second one reads on")
 }
