@@ -56,7 +56,9 @@ func underLoad(ctx context.Context, endpoints []string, do func(context.Context)
 	fail(do(ctx))
 	close(stopping)
 	working.Wait()
-	fail(l.finish(ctx))
+	if ctx.Err() == nil {
+		fail(l.finish(ctx))
+	}
 	following.Wait()
 	if err := context.Cause(ctx); err != nil {
 		return err
@@ -196,9 +198,6 @@ func (l *load) followLog(ctx context.Context) error {
 
 // finish checks the sum, and writes what the followers take for the end.
 func (l *load) finish(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return nil // the failure is known
-	}
 	if l.lease.Err() != nil {
 		return fmt.Errorf("the lease: %w", context.Cause(l.lease))
 	}

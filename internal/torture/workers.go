@@ -92,7 +92,7 @@ func outcomeOf(err error) string {
 	case errors.Is(err, context.DeadlineExceeded):
 		return "timed out"
 	case errors.Is(err, context.Canceled):
-		return "cancelled"
+		return "canceled"
 	}
 	return "failed"
 }
