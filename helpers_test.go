@@ -44,6 +44,13 @@ func versionOf(t *testing.T, client *clientv3.Client, key string) int64 {
 	return resp.Kvs[0].Version
 }
 
+// watchesOf counts the watches that a client has on streams they share.
+func watchesOf(client *clientv3.Client) int {
+	h := hubRef{client}.lock()
+	defer h.mu.Unlock()
+	return len(h.subs)
+}
+
 // goroutinesIn counts the goroutines that are in a function of that name.
 func goroutinesIn(function string) (n int) {
 	buf := make([]byte, 4<<20)

@@ -382,13 +382,20 @@ func (l *Lock) markHeld(waited time.Duration) {
 	l.watchTimer = time.AfterFunc(keyWatchDelay, l.watchKey)
 }
 
-// watchKey ends the lock when its key is deleted. It runs, as the timer's goroutine, until the lock
-// is lost or closed.
+// watchKey starts the watch that ends the lock when its key is deleted. The watch ends when the lock is
+// lost or closed.
 func (l *Lock) watchKey() {
 	defer l.watching.Done()
-	if l.queue.watchOwnKey(l.stopCtx) == nil {
-		_ = l.keyDeleted()
-	}
+	stop := l.queue.watchOwnKey(func(err error) {
+		switch {
+		case l.stopCtx.Err() != nil:
+		case err != nil: // a permission may come back
+			l.config.reporter.lockWatchFailing(l.Name(), err)
+		default:
+			_ = l.keyDeleted()
+		}
+	})
+	context.AfterFunc(l.stopCtx, stop)
 }
 
 // handleLeaseEnd cancels the lock's context with its lease's. A lock whose lease's parent has ended

@@ -201,7 +201,8 @@ func TestCloseLeavesNoGoroutineNoWatchAndNoLease(t *testing.T) {
 	}
 	first := shared.Expiry()
 	eventually(t, func() bool { return shared.Expiry().After(first) }, "the keepalive stream stands")
-	eventually(t, func() bool { return goroutinesIn("etcdutil.(*Lock).watchKey") == 40 }, "the watches stand")
+	eventually(t, func() bool { return watchesOf(client) == 40 }, "the watches stand")
+	require.Zero(t, goroutinesIn("etcdutil.(*Lock)"), "a held lock has no goroutine")
 	require.Positive(t, goroutinesIn("etcdutil.(*renewStream).run"))
 	require.Positive(t, goroutinesIn("client/v3.(*watchGRPCStream)"))
 	for _, lock := range locks {

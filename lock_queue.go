@@ -5,16 +5,13 @@ import (
 	"context"
 	"errors"
 	"math"
-	"math/rand/v2"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"google.golang.org/grpc/metadata"
 )
 
 // contender is a place in the queue for a name: a key directly below it, attached to a lease. The
@@ -351,137 +348,33 @@ func stillLeased(kv *mvccpb.KeyValue) []clientv3.Cmp {
 // keyWatchDelay keeps a lock that is soon released from paying for a watch on its key.
 const keyWatchDelay = 100 * time.Millisecond
 
-// recheckInterval is how often a key is read although its watch is silent: a watch on a half-open
-// connection, or of a restored etcd, stays silent for ever. A random part of it is added.
-const recheckInterval = 4 * time.Second
-
-// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks
-// again.
+// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks again. The
+// own key is watched only after a while, because most waits are short.
 func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValue) error {
-	for failed := 0; ; {
-		gone, refused := c.watchWhileWaiting(ctx, predecessor, failed)
-		switch {
-		case gone:
-			return nil
-		case ctx.Err() != nil:
-			return contextError(ctx)
+	gone := make(chan error, 1)
+	report := func(err error) {
+		select {
+		case gone <- err:
+		default: // it was reported before
 		}
-		if exist, err := c.bothExist(ctx, predecessor); err != nil || !exist {
-			return err
-		}
-		if !refused {
-			failed = 0
-			continue
-		}
-		failed++
-		sleep(ctx, c.config.retry.withDefaults().backoff(failed))
 	}
-}
-
-// bothExist reports whether the predecessor's and the own key are there.
-func (c *contender) bothExist(ctx context.Context, predecessor *mvccpb.KeyValue) (bool, error) {
-	resp, err := c.read(ctx, txnRequest{guards: append(c.exists(), stillLeased(predecessor)...)})
-	return err == nil && resp.Succeeded, err
-}
-
-// watchWhileWaiting watches the predecessor's key, and soon the own one, for a while. refused says
-// that the watch failed, as failed others did before it.
-//
-// The predecessor's watch starts from now on, and then its key is read: etcd serves a watch from a
-// past revision only every 100 ms.
-func (c *contender) watchWhileWaiting(ctx context.Context, predecessor *mvccpb.KeyValue, failed int) (gone, refused bool) {
-	ctx, cancel := context.WithTimeout(watchContext(ctx, failed), recheckInterval+rand.N(recheckInterval/2))
-	defer cancel()
-	theirs := c.config.client.Watch(ctx, string(predecessor.Key), clientv3.WithCreatedNotify(), clientv3.WithFilterPut())
-	var own clientv3.WatchChan // nil blocks
+	defer watchDeleted(c.config, string(predecessor.Key), predecessor.CreateRevision, stillLeased(predecessor), report)()
 	delay := time.NewTimer(keyWatchDelay)
 	defer delay.Stop()
 	for {
 		select {
 		case <-delay.C:
-			own = c.config.client.Watch(ctx, c.key, clientv3.WithRev(c.token+1), clientv3.WithFilterPut())
-		case resp, ok := <-own:
-			switch {
-			case len(resp.Events) > 0:
-				return true, false
-			case !ok:
-				own = nil // it is read with the predecessor's
-			}
-		case resp, ok := <-theirs:
-			switch {
-			case !ok:
-				return false, ctx.Err() == nil
-			case len(resp.Events) > 0: // perhaps an old one, which a watch that reconnects may replay
-				return true, false
-			case !resp.Created:
-				continue
-			}
-			if exist, err := c.bothExist(ctx, predecessor); err != nil || !exist {
-				return err == nil, false
-			}
-		}
-	}
-}
-
-// watchOwnKey returns nil once the key is gone, or ctx's end. No failure makes it give up.
-func (c *contender) watchOwnKey(ctx context.Context) error {
-	for from, failed := c.token+1, 0; ; {
-		deleted, refused := c.watchOwnFrom(ctx, from, failed)
-		if deleted {
-			return nil
-		}
-		now, exists, err := c.lookOwn(ctx)
-		switch {
-		case ctx.Err() != nil:
+			defer c.watchOwnKey(report)()
+		case err := <-gone:
+			return err
+		case <-ctx.Done():
 			return contextError(ctx)
-		case err != nil: // a permission may come back
-			c.config.reporter.lockWatchFailing(c.name, err)
-			refused = true
-		case !exists:
-			return nil
-		default:
-			from = now + 1
 		}
-		if !refused {
-			failed = 0
-			continue
-		}
-		failed++
-		sleep(ctx, RetryPolicy{}.withDefaults().backoff(failed))
 	}
 }
 
-// watchOwnFrom watches the own key for a while. refused says that the watch failed.
-func (c *contender) watchOwnFrom(ctx context.Context, from Revision, failed int) (deleted, refused bool) {
-	ctx, cancel := context.WithTimeout(watchContext(ctx, failed), recheckInterval+rand.N(recheckInterval/2))
-	defer cancel()
-	for resp := range c.config.client.Watch(ctx, c.key, clientv3.WithRev(from), clientv3.WithFilterPut()) {
-		if len(resp.Events) > 0 {
-			return true, false
-		}
-	}
-	return false, ctx.Err() == nil
-}
-
-// lookOwn reports whether the own key is there, and as of which revision.
-func (c *contender) lookOwn(ctx context.Context) (now Revision, exists bool, err error) {
-	resp, err := retry(ctx, c.config, untilDone, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return c.config.client.Get(ctx, c.key)
-	})
-	if err != nil {
-		return 0, false, err
-	}
-	return resp.Header.Revision, c.ownIn(resp.Kvs) != nil, nil
-}
-
-// watchContext is for a watch after a number of failed ones. A watch needs a leader, so that it
-// leaves a member which is cut off from the quorum. clientv3 has a stream for each outgoing
-// metadata, so the caller's is left out. A watch that failed gets another stream: after a token has
-// expired etcd refuses new watches on the stream that was opened with it (etcd-io/etcd#12385).
-func watchContext(ctx context.Context, failed int) context.Context {
-	md := metadata.MD{}
-	if failed > 0 {
-		md.Set("etcdutil-stream", strconv.Itoa(failed))
-	}
-	return clientv3.WithRequireLeader(metadata.NewOutgoingContext(ctx, md))
+// watchOwnKey calls gone, in a goroutine, when the own key is gone, or with an error when etcd refuses
+// to say. It goes on until stop is called.
+func (c *contender) watchOwnKey(gone func(err error)) (stop func()) {
+	return watchDeleted(c.config, c.key, c.token, c.exists(), gone)
 }

@@ -90,7 +90,7 @@ func TestWaiterIsNotFooledByAPredecessorThatReleasesAndQueuesAgainUnderTheSameKe
 	again := start(func() (struct{}, error) { return struct{}{}, mutex.Lock(context.Background()) })
 	waiters(t, direct, nameOf(t), 2)
 	close(open)
-	within(t, recheckInterval/2, waiting.done, "it holds, and not for having looked again after a while")
+	within(t, 2*time.Second, waiting.done, "it holds, and not for having looked again after a while")
 	require.NoError(t, waiting.err)
 	require.NoError(t, waiting.v.Close())
 	<-again.done
@@ -287,7 +287,7 @@ func TestWaiterKeepsItsPlaceThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	})
 	eventually(t, func() bool { return streams.open.Load() > 0 }, "the write of its key is answered, and it waits")
 	link.Cut()
-	sleep(t.Context(), recheckInterval+recheckInterval/2+attempt+time.Second) // in which it looks again, and a read times out
+	sleep(t.Context(), 2*idleTimeout+attempt+time.Second) // in which it looks again, and a read times out
 	link.Heal()
 	require.NoError(t, holder.Close())
 	within(t, patience, waiter.done, "its turn comes")

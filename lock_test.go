@@ -271,7 +271,7 @@ func TestHeldLockIsWatchedAgainAfterARefusal(t *testing.T) {
 	var refusals atomic.Int32
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if strings.HasSuffix(method, "/Range") && refusals.Add(-1) >= 0 {
+		if strings.HasSuffix(method, "/Txn") && refusals.Add(-1) >= 0 {
 			return status.Error(codes.PermissionDenied, "RBAC: access denied")
 		}
 		return invoker(ctx, method, req, reply, cc, opts...)

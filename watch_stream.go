@@ -58,7 +58,8 @@ type watchSub struct {
 	key, end    string
 	prevKV      bool
 	onlyDeletes bool
-	forLock     bool // it is on the stream for locks' keys, and always from now on
+	guards      []clientv3.Cmp // of a lock's key: compare whether it is there
+	forLock     bool           // it is on the stream for locks' keys, and always from now on
 
 	// The source's mutex guards the rest.
 	next    Revision // the first revision that was not delivered; 0: from now on
@@ -1005,7 +1006,7 @@ func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
 func (h *watchHub) readKey(sub *watchSub) {
 	epoch := sub.epoch
 	h.reads.add(readRequest{
-		ops:    sub.user.history(0),
+		guards: sub.guards,
 		failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 		done: func(resp *clientv3.TxnResponse, err error) {
 			h.whileIn(sub, epoch, func() {
@@ -1200,6 +1201,7 @@ func splitLastRevision(events []*mvccpb.Event) (whole, rest []*mvccpb.Event) {
 // A readRequest is for a batchReader.
 type readRequest struct {
 	ops    []clientv3.Op
+	guards []clientv3.Cmp                              // compared as well
 	failed func(err error)                             // an attempt failed, and is repeated
 	done   func(resp *clientv3.TxnResponse, err error) // with as many responses as ops
 }
@@ -1244,8 +1246,8 @@ func (b *batchReader) take() []readRequest {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	n, ops := 0, 0
-	for n < len(b.queue) && (n == 0 || ops+len(b.queue[n].ops) <= maxBatch) {
-		ops += len(b.queue[n].ops)
+	for n < len(b.queue) && (n == 0 || ops+b.queue[n].size() <= maxBatch) {
+		ops += b.queue[n].size()
 		n++
 	}
 	batch := b.queue[:n:n]
@@ -1257,21 +1259,29 @@ func (b *batchReader) take() []readRequest {
 	return batch
 }
 
+func (r readRequest) size() int { return len(r.ops) + len(r.guards) }
+
 // read repeats a batch until it is answered. If it is refused, each request is read by itself.
 func (b *batchReader) read(batch []readRequest) {
 	var ops []clientv3.Op
+	var guards []clientv3.Cmp
 	for _, r := range batch {
 		ops = append(ops, r.ops...)
+		guards = append(guards, r.guards...)
 	}
 	policy := RetryPolicy{}.withDefaults()
 	for failed := 1; ; failed++ {
 		resp, timedOut, err := attemptOnce(b.ctx, b.client, time.Second<<min(failed-1, 2), func(ctx context.Context) (*clientv3.TxnResponse, error) {
-			return b.client.Txn(ctx).Then(ops...).Commit()
+			return b.client.Txn(ctx).If(guards...).Then(ops...).Else(ops...).Commit()
 		})
 		switch {
 		case err == nil:
-			for _, r := range batch {
+			for i, r := range batch {
 				n := len(r.ops)
+				if len(r.guards) > 0 && !resp.Succeeded && len(batch) > 1 { // whose is it?
+					b.read(batch[i : i+1])
+					continue
+				}
 				part := &clientv3.TxnResponse{Header: resp.Header, Succeeded: resp.Succeeded, Responses: resp.Responses[:n]}
 				resp.Responses = resp.Responses[n:]
 				r.done(part, nil)

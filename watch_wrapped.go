@@ -116,12 +116,13 @@ func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
 	for {
 		var ops []clientv3.Op
 		w.locked(func() { ops = sub.user.history(sub.next) })
-		if len(ops) == 0 {
+		if len(ops)+len(sub.guards) == 0 {
 			return true
 		}
 		result := parkWatch // where ctx ended
 		reads.read([]readRequest{{
 			ops:    ops,
+			guards: sub.guards,
 			failed: func(err error) { w.locked(func() { sub.user.failed(err) }) },
 			done: func(resp *clientv3.TxnResponse, err error) {
 				w.locked(func() {
