@@ -622,7 +622,7 @@ func (r *reflector) cancelOnDisconnect(ctx context.Context, cancel context.Cance
 
 const (
 	minPage   = 2 // keys, which may have a megabyte and a half each
-	maxPage   = 1000
+	maxPage   = 5000
 	pageBytes = 1 << 20
 	// maxPageBytes is the largest page that is taken. Of a larger one fewer keys are read.
 	maxPageBytes = 4 << 20
