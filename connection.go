@@ -58,8 +58,8 @@ func (r *redialer) dial() {
 }
 
 // redial ends gRPC's backoff. It waits until every endpoint has failed: ResetConnectBackoff reads
-// gRPC's map of connections without a lock, while gRPC fills that map when it begins to connect, which
-// crashes the process.
+// gRPC's map of connections without a lock, while gRPC fills that map when it begins to connect,
+// which crashes the process.
 func redial(client *clientv3.Client) {
 	if conn := client.ActiveConnection(); conn.GetState() == connectivity.TransientFailure {
 		conn.ResetConnectBackoff()

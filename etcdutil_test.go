@@ -61,7 +61,8 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// leaked is goleak's find, where what is about to end has longer for it than the half second that goleak allows.
+// leaked is goleak's find, where what is about to end has longer for it than the half second that
+// goleak allows.
 func leaked(opts ...goleak.Option) (err error) {
 	for range 10 {
 		if err = goleak.Find(opts...); err == nil {
@@ -71,8 +72,9 @@ func leaked(opts ...goleak.Option) (err error) {
 	return err
 }
 
-// ofLockService is what the lock service of an in-process etcd leaves running when the server is closed: it keeps alive
-// the leases of its sessions through a client of its own, which nobody closes. Ours uses none of these functions.
+// ofLockService is what the lock service of an in-process etcd leaves running when the server is
+// closed: it keeps alive the leases of its sessions through a client of its own, which nobody
+// closes. Ours uses none of these functions.
 var ofLockService = []goleak.Option{
 	goleak.IgnoreAnyFunction("go.etcd.io/etcd/client/v3.(*lessor).recvKeepAliveLoop"),
 	goleak.IgnoreAnyFunction("go.etcd.io/etcd/client/v3.(*lessor).sendKeepAliveLoop"),
@@ -110,7 +112,8 @@ var (
 	runs  atomic.Int64
 )
 
-// patience is how long a test waits for what is to happen, however slow the machine is; no test passes by waiting so long.
+// patience is how long a test waits for what is to happen, however slow the machine is; no test
+// passes by waiting so long.
 const patience = time.Minute
 
 // within fails t if done does not close in time. Time that this process did not get is not counted.
@@ -166,9 +169,9 @@ func leases(t testing.TB, client *clientv3.Client) []clientv3.LeaseStatus {
 	return resp.Leases
 }
 
-// authCluster is a cluster with authentication, whose user may read and write keys under "allowed/". Its simple tokens
-// live for so many seconds after their last use; its passwords are hashed cheaply, which else takes seconds while other tests
-// run under the race detector.
+// authCluster is a cluster with authentication, whose user may read and write keys under
+// "allowed/". Its simple tokens live for so many seconds after their last use; its passwords are
+// hashed cheaply, which else takes seconds while other tests run under the race detector.
 func authCluster(t *testing.T, tokenTTL uint) (cluster *etcdtest.Cluster, root *clientv3.Client) {
 	t.Helper()
 	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.AuthTokenTTL, c.BcryptCost = tokenTTL, 4 })

@@ -30,8 +30,8 @@ func ExampleWithObserver() {
 	// Output: 0 held, 3 released, 0 lost
 }
 
-// A readiness probe asks nobody: it reads two clocks. It fails before the lease is lost, and when the
-// mirror is out of date, also if the network swallows everything and closes no connection.
+// A readiness probe asks nobody: it reads two clocks. It fails before the lease is lost, and when
+// the mirror is out of date, also if the network swallows everything and closes no connection.
 func Example_readiness() {
 	ctx, client := context.Background(), exampleClient()
 

@@ -24,8 +24,9 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 )
 
-// A door passes connections on to an endpoint, or refuses them: etcdtest.Link can do everything but that. While it refuses,
-// nothing holds its port, so the port is none that the system gives to outgoing connections or to those who ask for any.
+// A door passes connections on to an endpoint, or refuses them: etcdtest.Link can do everything but
+// that. While it refuses, nothing holds its port, so the port is none that the system gives to
+// outgoing connections or to those who ask for any.
 type door struct {
 	t        *testing.T
 	addr, to string
@@ -34,7 +35,8 @@ type door struct {
 	conns    []net.Conn
 }
 
-// doors counts the ports, from a random one on: the port of a door that is shut is none that another door finds free.
+// doors counts the ports, from a random one on: the port of a door that is shut is none that
+// another door finds free.
 var doors atomic.Int64
 
 func init() { doors.Store(rand.Int64N(10_000)) }
@@ -109,8 +111,8 @@ func (d *door) shut() {
 	d.conns = nil
 }
 
-// twoWays is a client with two connections: what it opens first goes over the link, and after second has been called what
-// it opens next goes over either.
+// twoWays is a client with two connections: what it opens first goes over the link, and after
+// second has been called what it opens next goes over either.
 func twoWays(t *testing.T) (client *clientv3.Client, link *etcdtest.Link, second func()) {
 	t.Helper()
 	link = etcdtest.StartLink(t, testCluster.Endpoints()[0])
@@ -149,8 +151,8 @@ func newClientWith(t *testing.T, opts ...grpc.DialOption) *clientv3.Client {
 	return client
 }
 
-// leaseServer is a lease server on a connection in memory, for fake time. What leases mean is not for it to say: the
-// tests on real etcd do.
+// leaseServer is a lease server on a connection in memory, for fake time. What leases mean is not
+// for it to say: the tests on real etcd do.
 type leaseServer struct {
 	etcdserverpb.UnimplementedLeaseServer
 	ttl     int64

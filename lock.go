@@ -382,8 +382,8 @@ func (l *Lock) markHeld(waited time.Duration) {
 	l.watchTimer = time.AfterFunc(keyWatchDelay, l.watchKey)
 }
 
-// watchKey starts the watch that ends the lock when its key is deleted. The watch ends when the lock is
-// lost or closed.
+// watchKey starts the watch that ends the lock when its key is deleted. The watch ends when the
+// lock is lost or closed.
 func (l *Lock) watchKey() {
 	defer l.watching.Done()
 	stop := l.queue.watchOwnKey(func(err error) {

@@ -348,8 +348,8 @@ func stillLeased(kv *mvccpb.KeyValue) []clientv3.Cmp {
 // keyWatchDelay keeps a lock that is soon released from paying for a watch on its key.
 const keyWatchDelay = 100 * time.Millisecond
 
-// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks again. The
-// own key is watched only after a while, because most waits are short.
+// waitDeleted waits until the predecessor or the own key is gone, or may be: the caller looks
+// again. The own key is watched only after a while, because most waits are short.
 func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValue) error {
 	gone := make(chan error, 1)
 	report := func(err error) {
@@ -373,8 +373,8 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 	}
 }
 
-// watchOwnKey calls gone, in a goroutine, when the own key is gone, or with an error when etcd refuses
-// to say. It goes on until stop is called.
+// watchOwnKey calls gone, in a goroutine, when the own key is gone, or with an error when etcd
+// refuses to say. It goes on until stop is called.
 func (c *contender) watchOwnKey(gone func(err error)) (stop func()) {
 	return watchDeleted(c.config, c.key, c.token, c.exists(), gone)
 }

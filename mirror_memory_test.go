@@ -22,8 +22,8 @@ import (
 )
 
 // mirrorReader is the environment variable that makes the test's binary load keys, as a process of
-// its own, because etcd in the test's process would be measured with it. Its value is the endpoint and
-// the prefix.
+// its own, because etcd in the test's process would be measured with it. Its value is the endpoint
+// and the prefix.
 const mirrorReader = "ETCDUTIL_TEST_MIRROR_READER"
 
 // mirrorCost is what a mirror costs beside what a program would do by hand.
@@ -144,7 +144,8 @@ func TestMirrorNeedsLittleMoreMemoryThanAMap(t *testing.T) {
 	require.Less(t, float64(cost.MirrorHeap), 1.5*float64(cost.MapHeap))
 }
 
-// BenchmarkMirror reports what a mirror of a million keys costs beside what a program would do by hand.
+// BenchmarkMirror reports what a mirror of a million keys costs beside what a program would do by
+// hand.
 func BenchmarkMirror(b *testing.B) {
 	cost := mirrorCostOf(b, 1_000_000)
 	for b.Loop() {

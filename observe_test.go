@@ -317,8 +317,8 @@ func TestNobodyObservingCostsNothing(t *testing.T) {
 	}))
 }
 
-// BenchmarkObserved acquires and releases a lock on a shared lease, with an Observer that counts and
-// without one.
+// BenchmarkObserved acquires and releases a lock on a shared lease, with an Observer that counts
+// and without one.
 func BenchmarkObserved(b *testing.B) {
 	client := etcdtest.Start(b, 1).Client(b)
 	lease := mustLease(b, client, time.Minute)

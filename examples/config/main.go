@@ -1,9 +1,10 @@
 // Config follows the JSON settings under a prefix in etcd by a Mirror, as a service follows its
 // configuration, and checks that the copy is what etcd has, whatever happened on the way.
 //
-// An operator changes, breaks and deletes settings. Some of it happens while the follower is cut off
-// from etcd. Then the operator compacts etcd, so that etcd no longer has what the follower missed, and
-// it has to list the settings again. A value that does not decode leaves the last good one in force.
+// An operator changes, breaks and deletes settings. Some of it happens while the follower is cut
+// off from etcd. Then the operator compacts etcd, so that etcd no longer has what the follower
+// missed, and it has to list the settings again. A value that does not decode leaves the last good
+// one in force.
 //
 // It exits with 0 if all of that held. Otherwise it says what did not, and exits with 1.
 package main

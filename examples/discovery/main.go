@@ -1,8 +1,8 @@
 // Discovery shows how the servers of a service are found by etcd, and checks etcdutil's promises.
 //
 // Each server registers its address, and a caller follows the addresses by a Mirror and calls the
-// servers in turn, over HTTP. Meanwhile servers drain, crash, are upgraded, lose their lease, and come
-// back. Then this must hold:
+// servers in turn, over HTTP. Meanwhile servers drain, crash, are upgraded, lose their lease, and
+// come back. Then this must hold:
 //   - No call goes to a server whose address has been gone from etcd for longer than a second.
 //   - No call fails, except to a server that has crashed and whose lease has not run out yet.
 //   - Every server that has come back is called.

@@ -1,7 +1,8 @@
 // Jobrunner is a service built on etcdutil: start it as often as you like. One replica leads and
-// queues jobs. Workers of all replicas take them, and each job is done exactly once. Settings are live,
-// what the leader does is in an audit log that every replica reads, and metrics and a readiness probe
-// are served over HTTP. It stops on SIGTERM: within 1 s while etcd is well, within 6 s while it is not.
+// queues jobs. Workers of all replicas take them, and each job is done exactly once. Settings are
+// live, what the leader does is in an audit log that every replica reads, and metrics and a
+// readiness probe are served over HTTP. It stops on SIGTERM: within 1 s while etcd is well, within
+// 6 s while it is not.
 package main
 
 import (
@@ -39,7 +40,8 @@ const (
 	working     = "jobrunner/working/" // a lock for each job
 )
 
-// Settings are read anew for each job. Put them as JSON under settingsKey, with times in milliseconds.
+// Settings are read anew for each job. Put them as JSON under settingsKey, with times in
+// milliseconds.
 type Settings struct {
 	Every int // a job is queued
 	Takes int // a job to do

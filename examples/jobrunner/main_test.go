@@ -204,8 +204,8 @@ func TestThreeReplicasDoEachJobOnceThroughCutsAndKills(t *testing.T) {
 	}
 }
 
-// requireSameAudit requires that each replica has read each entry of the audit log once, in order, also
-// the one that was started twice.
+// requireSameAudit requires that each replica has read each entry of the audit log once, in order,
+// also the one that was started twice.
 func requireSameAudit(t *testing.T, client *clientv3.Client, replicas []*replica) {
 	t.Helper()
 	resp, err := client.Get(t.Context(), auditName)

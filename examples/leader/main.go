@@ -1,5 +1,5 @@
-// Leader plays what happens to a leader that is cut off from etcd, that resigns, and that is paused,
-// and checks etcdutil's promises.
+// Leader plays what happens to a leader that is cut off from etcd, that resigns, and that is
+// paused, and checks etcdutil's promises.
 //
 // Three candidates campaign. A leader increments a counter in etcd. A fourth program observes who
 // leads. Then this must hold:

@@ -1,8 +1,8 @@
 // Metrics serves what etcdutil does to Prometheus: locks that are held and waited for, losses by
 // cause, renewals and the time that leases had left, retries, resyncs, and the age of a mirror.
 //
-// It runs a leader, workers that contend for a lock, a shared lease and a mirror, against an etcd in
-// this process, and from time to time it deletes the leader's key or cuts the link to etcd. The
+// It runs a leader, workers that contend for a lock, a shared lease and a mirror, against an etcd
+// in this process, and from time to time it deletes the leader's key or cuts the link to etcd. The
 // metrics are at /metrics. dashboard.json, beside this file, is a Grafana dashboard of them.
 // Package etcdmetrics, below this directory, has the Observer, to be copied.
 package main
@@ -154,7 +154,8 @@ func contend(ctx context.Context, client *clientv3.Client, lease *etcdutil.Lease
 	}
 }
 
-// harm deletes the leader's key, and cuts the link to etcd for longer than a leader's lease, in turn.
+// harm deletes the leader's key, and cuts the link to etcd for longer than a leader's lease, in
+// turn.
 func harm(ctx context.Context, operator *clientv3.Client, link *etcdtest.Link) {
 	for turn := 0; ; turn++ {
 		select {

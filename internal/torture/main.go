@@ -5,16 +5,16 @@
 //
 // Three etcd members run inside this process. Clients, each behind links of its own, and two that
 // are processes of their own, contend for locks, lead, write logs, watch, mirror and register keys.
-// Meanwhile members crash, networks break, processes pause, a proxy loses or delays answers, loggers
-// block, and keys, leases and history disappear. A second etcd, the island, is restored from
-// backups, and takes its users' permission away for seconds.
+// Meanwhile members crash, networks break, processes pause, a proxy loses or delays answers,
+// loggers block, and keys, leases and history disappear. A second etcd, the island, is restored
+// from backups, and takes its users' permission away for seconds.
 //
 // The seed makes the schedule of the faults. What happens then differs from run to run. The models
 // are Jepsen's lock tests of etcd, and etcd's own robustness tests.
 //
 // It prints what it did and found. It exits with 1 if a promise was broken, and with 2 if it could
-// not find out. The script planted.sh breaks the library on purpose, and shows that the torture sees
-// it.
+// not find out. The script planted.sh breaks the library on purpose, and shows that the torture
+// sees it.
 package main
 
 import (

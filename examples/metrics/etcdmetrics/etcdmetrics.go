@@ -1,7 +1,8 @@
 // Package etcdmetrics counts what etcdutil's resources do, for Prometheus. Copy it, and change what
 // your alerts need.
 //
-// The lock's name is a label. Where locks have thousands of names, map them to a few in New's label.
+// The lock's name is a label. Where locks have thousands of names, map them to a few in New's
+// label.
 package etcdmetrics
 
 import (
