@@ -204,14 +204,13 @@ func TestCloseLeavesNoGoroutineNoWatchAndNoLease(t *testing.T) {
 	eventually(t, func() bool { return watchesOf(client) == 40 }, "the watches stand")
 	require.Zero(t, goroutinesIn("etcdutil.(*Lock)"), "a held lock has no goroutine")
 	require.Positive(t, goroutinesIn("etcdutil.(*renewStream).run"))
-	require.Positive(t, goroutinesIn("client/v3.(*watchGRPCStream)"))
 	for _, lock := range locks {
 		require.NoError(t, lock.Close())
 	}
 	gone(t, "etcdutil.(*Lock)", "Close joins what the lock has started")
 	require.NoError(t, shared.Close())
 	gone(t, "etcdutil.(*renewStream)", "and the last lease what it shares")
-	eventually(t, func() bool { return goroutinesIn("client/v3.(*watchGRPCStream)") == 0 }, "no watch is left")
+	eventually(t, func() bool { return watchesOf(client) == 0 }, "no watch is left")
 	require.Empty(t, leases(t, client))
 	require.Empty(t, renewStreamsOf(client))
 	resp, err := client.Get(t.Context(), "", clientv3.WithPrefix())
