@@ -495,13 +495,19 @@ func (f *holderFeed) follow(ctx context.Context) error {
 // history that was looked at.
 const restoreTime = time.Second
 
-// recheck returns ErrGap if the last look is out of date.
+// recheck looks again. It returns ErrGap if etcd has gone back, and errHolderGone if the last look is
+// out of date.
 func (f *holderFeed) recheck(ctx context.Context) error {
 	kv, rev, err := oldestContender(ctx, &f.config, f.name)
-	if err == nil && (rev < f.at || (kv == nil) != (f.holder == nil) || kv != nil && !sameHolder(kv, f.holder)) {
-		return fmt.Errorf("%w: etcd could not be watched for %v", ErrGap, restoreTime)
+	switch {
+	case err != nil:
+		return err
+	case rev < f.at:
+		return fmt.Errorf("%w: etcd was restored", ErrGap)
+	case (kv == nil) != (f.holder == nil), kv != nil && !sameHolder(kv, f.holder):
+		return errHolderGone
 	}
-	return err
+	return nil
 }
 
 // whileVacant takes a change of any key below the name. The first contender is the holder.

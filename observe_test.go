@@ -224,12 +224,17 @@ func TestObserverSeesTheTermsOfALeaderInOrder(t *testing.T) {
 	c.leads(t).done <- nil
 	require.NoError(t, c.returns(t))
 	eventually(t, func() bool { return len(r.all("released")) == 1 }, "the release")
-	for i, e := range r.all("") {
+	i := 0
+	for _, e := range r.all("") {
+		if e.what == "retrying" || e.what == "renewed" {
+			continue
+		}
 		want := []string{"acquired", "lost"}[i%2]
 		if i == 21 {
 			want = "released"
 		}
 		require.Equal(t, want, e.what, i)
+		i++
 	}
 }
 
@@ -309,7 +314,7 @@ func TestNobodyObservingCostsNothing(t *testing.T) {
 	c := newConfig(nil)
 	c.finish()
 	require.Nil(t, c.reporter)
-	require.Zero(t, testing.AllocsPerRun(100, func() {
+	require.Zero(t, testing.AllocsPerRun(10_000, func() { // others allocate, too
 		c.reporter.lockAcquired(LockEvent{})
 		c.reporter.leaseRenewed(LeaseEvent{})
 		c.reporter.retrying(RetryEvent{})
