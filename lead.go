@@ -21,15 +21,15 @@ import (
 //		return schedule(ctx) // canceled when this process no longer surely leads
 //	}, etcdutil.WithValue(hostname))
 //
-// fn resigns by returning. It finds its lock, for fenced writes, with [LockFrom]. If fn panics,
-// Lead releases and the panic goes on.
+// fn resigns by returning. For fenced writes it gets its lock by [LockFrom]. If fn panics, Lead
+// releases the lock and the panic continues. A nil ctx, client or fn panics.
 //
-// Where the lock is lost before fn has returned, Lead ignores fn's result, even nil, and waits its
-// turn again. Lead also waits through everything that can pass: etcd that cannot be reached for any
-// length of time, a lost lease, a deleted key, a restored etcd, an etcd without space. It pauses
-// between two attempts as [RetryPolicy] says: longer each time, with jitter. A policy that sets
-// Attempts or Elapsed bounds each request of Lead, and Lead returns when one gives up; the defaults
-// do not end it. [WithAcquireTimeout] bounds each wait for a turn, outages included.
+// If the lock is lost before fn has returned, Lead ignores fn's result, even nil, and waits its
+// turn again. Lead outlives everything that can pass: outages of any length, a lost lease, a
+// deleted key, a restored etcd, an etcd without space. It pauses between two attempts as
+// [RetryPolicy] says: longer each time, with jitter. If a policy sets Attempts or Elapsed, it
+// bounds each request of Lead, and Lead returns when one gives up. The defaults do not end it.
+// [WithAcquireTimeout] bounds each wait for a turn, outages included.
 //
 // ctx is the parent of each lock. When it ends, so does fn's context, and Lead returns when fn has.
 // While it waits it returns within 100 ms, and removes its key in the background if necessary.
@@ -44,8 +44,8 @@ import (
 //   - [ErrLeaseExpired], [ErrLeaseRevoked], [ErrClosed] or its parent's end if the lease of
 //     [WithLease] has ended.
 //
-// A release that etcd did not confirm changes nothing of this: the next leader then waits for the
-// lease's end.
+// If etcd does not confirm a release, Lead returns the same. The next leader then waits for the end
+// of the lease.
 func Lead(ctx context.Context, client *clientv3.Client, name string, fn func(ctx context.Context) error, opts ...LockOption) error {
 	if fn == nil {
 		panic("etcdutil: nil fn")
@@ -115,14 +115,13 @@ func (c *lockConfig) canCampaign(ctx context.Context, err error) bool {
 	return IsTransient(err) || isContextError(err) // the default policy gave up
 }
 
-// A Contender is the holder of a lock, or a leader.
+// A Contender is the holder of a lock, or a leader, as [Holder] and [WatchHolder] report it.
 type Contender struct {
-	// Name is the lock's.
+	// Name is the name of the lock.
 	Name string
 	// Key is the contender's key in etcd.
 	Key string
-	// Value is what the contender stored there: that of [WithValue], or of concurrency.Election's
-	// Campaign.
+	// Value is the value of that key: what [WithValue] or concurrency.Election's Campaign has set.
 	Value string
 	// Token is the contender's fencing token: its key's create revision.
 	Token Revision
@@ -140,16 +139,16 @@ func contenderOf(name string, kv *mvccpb.KeyValue) Contender {
 	}
 }
 
-// Holder reads who holds the lock of this name, or leads by it: the oldest contender. Contenders
-// are also those of concurrency.Mutex, concurrency.Election, etcdctl lock and etcdctl elect. Keys
-// without a lease, and locks whose name begins with name and a slash, are none.
+// Holder returns who holds the lock of this name, or leads by it: the oldest contender. That may be
+// one of concurrency.Mutex, concurrency.Election, etcdctl lock or etcdctl elect. Keys without a
+// lease are not contenders, and neither are locks whose name begins with name and a slash.
 //
-// The answer is etcd's, and may be out of date when it arrives. Holder costs two small requests,
-// however many contend; the values of other keys below the name are not read.
+// The result may be out of date when it arrives. Holder sends two small requests, however many
+// contend, and does not read the values of other keys below the name. A nil ctx or client panics.
 //
 // Errors:
 //   - [ErrNoHolder] if nobody holds it.
-//   - [ErrInvalidName].
+//   - [ErrInvalidName] if name is not allowed.
 //   - ctx's end, or what etcd answered when [RetryPolicy] gave up.
 func Holder(ctx context.Context, client *clientv3.Client, name string, opts ...RetryOption) (Contender, error) {
 	if err := requireClient(ctx, client); err != nil {

@@ -13,7 +13,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// DefaultTTL is the TTL of a lock's own lease unless WithTTL says otherwise.
+// DefaultTTL is the TTL of the own lease of a lock or registration without [WithTTL].
 const DefaultTTL = 10 * time.Second
 
 // Lock is a lock that is held. [Acquire] and [TryAcquire] make it; end it with Close, also after it

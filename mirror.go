@@ -15,10 +15,11 @@ import (
 )
 
 // Mirror is a live typed copy of a key, or of all keys with a prefix. [NewMirror] makes it. Read it
-// with [Mirror.Get] and [Mirror.All], and end it with Close or with its parent.
+// by [Mirror.Get] and [Mirror.All]. Close ends it, and so does its parent. The zero Mirror is not
+// usable.
 //
-// It is a context.Context: Done closes when the mirror is no longer kept up to date, and
-// context.Cause says why. What was copied can still be read then.
+// It is a context.Context: Done is closed when the mirror is no longer kept up to date, and
+// context.Cause returns why. The copy can still be read then.
 //
 // All methods are safe for concurrent use.
 type Mirror[T any] struct {
@@ -45,13 +46,13 @@ const (
 )
 
 // NewMirror copies a key, or with [WithPrefix] all keys that begin with it, into memory, and keeps
-// the copy up to date. It returns when the copy is complete. ctx is the mirror's parent: it is no
-// timeout for the call.
+// the copy up to date. It returns when the copy is complete. ctx is the mirror's parent, and not a
+// timeout of the call. A nil ctx or client panics.
 //
-// The mirror outlives an etcd that is gone for any time, compaction, a restore from a backup, and a
-// permission that is taken away and given back. It lists the keys again where it has missed
-// changes. It is right again within 2 s of etcd being back, unless [WithRetryPolicy] sets a Max
-// above the default, here 500 ms, or the list takes longer.
+// The mirror outlives outages of any length, compaction, a restore from a backup, and a permission
+// that is taken away and given back. After missing changes it lists the keys again. It is right
+// again within 2 s of etcd's return, unless the list takes longer, or [WithRetryPolicy] sets a Max
+// above 500 ms, which is the default here.
 //
 // The keys need about the memory of a Go map of the decoded values. A mirror runs three goroutines,
 // that of its [Watcher] included, whatever the number of keys. It sends one small read a second, by
@@ -205,20 +206,20 @@ func (m *Mirror[T]) follow(w *Watcher[decoded[T]]) (synced bool) {
 	return synced
 }
 
-// Get returns the value of key, which with a prefix is the whole key. If the value in etcd does not
-// decode, it is the last one that did; see [Mirror.Invalid]. ok is false if there is none.
+// Get returns the value of key, which is the whole key even if the mirror has a prefix. If the
+// value in etcd does not decode, Get returns the last one that did; see [Mirror.Invalid]. ok is
+// false if there is none.
 //
-// Get never blocks, and takes no lock. Each Get reads the newest copy: for two values of one
-// revision use [Mirror.All]. Values are shared by all readers: nobody may change what they point
-// to.
+// Get never blocks. Each call reads the newest copy: for two values of one revision use
+// [Mirror.All]. All readers share the values: do not change what they point to.
 func (m *Mirror[T]) Get(key string) (v T, ok bool) {
 	have, ok := m.current.Load().values.get(key)
 	return have.value, ok
 }
 
 // All iterates over the keys and values, as Get returns them, in the order of keys. All of them are
-// of one revision, that of the moment at which the iteration begins, however long it takes. The
-// first iteration after keys came or went puts them in order.
+// of one revision, the newest when the iteration begins. The first iteration after keys were added
+// or removed sorts them.
 func (m *Mirror[T]) All() iter.Seq2[string, T] {
 	return func(yield func(string, T) bool) {
 		for key, have := range m.current.Load().values.sorted() {
@@ -245,31 +246,31 @@ func (m *Mirror[T]) Invalid() iter.Seq2[string, error] {
 	}
 }
 
-// Revision returns etcd's revision of which the copy is. It moves on though no mirrored key
-// changes, and goes back only if etcd was restored from a backup.
+// Revision returns the revision of etcd that the copy is of. It grows even if no mirrored key
+// changes. It goes back only if etcd is restored from a backup.
 func (m *Mirror[T]) Revision() Revision { return m.current.Load().revision }
 
-// AsOf returns a time at which the copy was what etcd had. What was written before that time has
+// AsOf returns a time at which the copy was equal to etcd. Everything written before that time has
 // been copied.
 //
-// While etcd can be reached the time is seldom more than 1 s ago. It moves no further when etcd
-// cannot be reached, or when the member that serves the watch is cut off from the others. For a
+// While etcd can be reached, that time is rarely more than 1 s ago. It stands still while etcd
+// cannot be reached, and while the member that serves the watch is cut off from the others. For a
 // readiness probe compare time.Since(m.AsOf()) with how stale a copy may be.
 func (m *Mirror[T]) AsOf() time.Time { return *m.asOf.Load() }
 
-// Changes returns a receiver of the latest revision at which the copy changed: a value, or whether
-// there is one, or whether it decodes. Several changes may be received as one. The first copy is no
-// change, nor is a list that finds nothing new. After the mirror's end Recv returns the cause, as
-// [Receiver.Recv] says.
+// Changes returns a receiver of the latest revision at which the copy changed: a value, whether it
+// exists, or whether it decodes. Several changes may be received as one. The first copy is no
+// change, and neither is a list that finds nothing new. After the mirror's end Recv returns the
+// cause, as [Receiver.Recv] says.
 func (m *Mirror[T]) Changes() *Receiver[Revision] { return m.changes.Receiver() }
 
-// Wait waits until the copy is of revision r or later. To read your own write, wait for the
-// revision in its response's header, whatever key it was that you wrote.
+// Wait waits until the copy is of revision r or later. To read your own write, pass the revision in
+// the header of its response, whichever key was written. Wait asks etcd how far the watch has come,
+// and takes a round trip or two. A revision from before a restore may never come.
 //
-// It asks etcd how far the watch has come, so that it takes a round trip or two. A revision of
-// before a restore may never come. ctx bounds this call: its end gives an error that Is ctx.Err()
-// and context.Cause(ctx). After the mirror's end Wait returns the cause, unless the copy had come
-// to r.
+// Errors:
+//   - An error that Is both ctx.Err() and context.Cause(ctx) if ctx ended. ctx bounds this call.
+//   - The mirror's cause if it ended before the copy was of r.
 func (m *Mirror[T]) Wait(ctx context.Context, r Revision) error {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")

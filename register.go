@@ -16,11 +16,12 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// Registration keeps a key in etcd: a service's address, a worker's presence. [Register] makes it.
-// End it with Close, which removes the key.
+// Registration keeps a key in etcd: a service's address, or a worker's presence. [Register] makes
+// it. Close ends it and removes the key. The zero Registration is not usable.
 //
-// It is a context.Context: Done closes when the key is no longer kept in etcd, and context.Cause
-// says why, [ErrReplaced] if somebody else has registered. A lost lease does not end it.
+// It is a context.Context: Done is closed when the key is no longer kept in etcd, and context.Cause
+// returns why: [ErrClosed], [ErrReplaced] if somebody else has registered the key, or the parent's
+// cause. A lost lease does not end it.
 //
 // All methods are safe for concurrent use.
 type Registration[T any] struct {
@@ -39,31 +40,32 @@ const (
 	refusedMaxBackoff = time.Second
 )
 
-// Register writes v to a key, under a lease of its own that is kept alive, and keeps the key in
-// etcd until Close, until ctx ends, or until somebody else registers the key. It returns when the
-// key is written. ctx is the registration's parent: it is no timeout for the call.
+// Register writes v to a key, under a lease of its own that is kept alive. It keeps the key in etcd
+// until Close, until ctx ends, or until somebody else registers the key. It returns when the key is
+// written. ctx is the registration's parent, and not a timeout of the call. A nil ctx or client
+// panics.
 //
-// The key is written again, under a new lease if necessary, after its lease was lost, after
-// somebody deleted it or wrote it without a lease, and after etcd was restored from a backup of
-// before. That happens within 1 s of etcd being back, however long it was gone, unless
-// [WithRetryPolicy] sets a Max above the default, here 250 ms.
+// Register writes the key again, if necessary under a new lease, after the lease was lost, after
+// somebody deleted the key or wrote it without a lease, and after etcd was restored from a backup
+// without the key. That happens within 1 s of etcd's return, however long it was gone, unless
+// [WithRetryPolicy] sets a Max above 250 ms, which is the default here.
 //
-// An older registration of the key is taken over at once, whether its owner is alive or not. It
-// ends with [ErrReplaced], and does not write the key again. So of several that register one key
+// An older registration of the key is taken over at once, even if its owner is alive. It ends with
+// [ErrReplaced], and does not write the key again. So of several processes that register one key,
 // the last stays. To let the first one stay, register under a [Lock].
 //
-// When the parent ends, the key is no longer kept, and it is removed by Close, or by etcd when the
-// lease's TTL has passed.
+// When the parent ends, the key is no longer kept. Close removes it, or etcd does when the lease's
+// TTL has passed.
 //
 // The options are [WithTTL] (default [DefaultTTL]), [WithKeepAliveInterval], [WithExpiryMargin],
 // [WithCodec], and every [Option]. A registration runs two goroutines, that of its [Watcher]
 // included.
 //
 // Errors:
-//   - an error that names the argument, if key is empty, v cannot be encoded, or an option is
+//   - An error that names the argument if key is empty, v cannot be encoded, or an option is
 //     refused.
 //   - rpctypes.ErrPermissionDenied if the key may not be read and written.
-//   - what etcd answered last, if [RetryPolicy] gave up. It counts for this call and for Set. The
+//   - What etcd answered last, if [RetryPolicy] gave up. The policy bounds this call and Set. The
 //     key may have been written then; its lease is revoked in the background, or expires.
 //   - ctx's end.
 func Register[T any](ctx context.Context, client *clientv3.Client, key string, v T, opts ...RegisterOption) (*Registration[T], error) {
@@ -107,11 +109,10 @@ func (c *registerConfig) validate(key string) error {
 // Key returns the key.
 func (r *Registration[T]) Key() string { return r.keeper.key }
 
-// Set changes the value of the key, exactly once, and the value that the key gets when it is
-// written again. Calls are serialized.
+// Set changes the value of the key, exactly once. The key gets this value also when it is written
+// again. Calls take turns. ctx and RetryPolicy.Elapsed bound this call.
 //
-// ctx bounds this call, and so does RetryPolicy.Elapsed. It returns nil when the value is written,
-// and else:
+// Errors:
 //   - [ErrUnknownOutcome] if etcd did not confirm that. The value is written when etcd can be
 //     reached, unless it was already, or another Set comes first.
 //   - [ErrReplaced] or [ErrClosed] if the registration has ended so, or its parent's end. The value
