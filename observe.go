@@ -270,8 +270,7 @@ func (r *reporter) retrying(e RetryEvent) {
 		if e.Attempt == 1 {
 			r.log(slog.LevelWarn, "retrying", "operation", e.Op, "error", e.Err)
 		}
-		e.Op = withoutID(e.Op)
-		call(r.observer.Retrying, e)
+		call(r.observer.Retrying, RetryEvent{Op: withoutID(e.Op), Attempt: e.Attempt, Err: e.Err})
 	})
 }
 
