@@ -494,8 +494,8 @@ func (f *holderFeed) follow(ctx context.Context) error {
 // history that was looked at.
 const restoreTime = time.Second
 
-// recheck looks again. It returns ErrGap if etcd has gone back, and errHolderGone if the last look is
-// out of date.
+// recheck looks again. It returns ErrGap if etcd has gone back, and errHolderGone if the last look
+// is out of date.
 func (f *holderFeed) recheck(ctx context.Context) error {
 	kv, rev, err := oldestContender(ctx, &f.config, f.name)
 	switch {

@@ -160,8 +160,8 @@ func faultyClient(t *testing.T) (*clientv3.Client, *txnFaults) {
 	return client, faults
 }
 
-// writeUnknown writes v so that the outcome is unknown; applied says whether etcd has got it. land lets it arrive, late
-// or once more.
+// writeUnknown writes v so that the outcome is unknown; applied says whether etcd has got it. land
+// lets it arrive, late or once more.
 func writeUnknown[T any](t *testing.T, w *LogWriter[T], faults *txnFaults, v T, applied bool) (land func() error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -374,7 +374,8 @@ func TestWriteIsAppliedOnceHoweverItsRepliesAreLost(t *testing.T) {
 	}
 }
 
-// A Write's request is held back until after the Write has timed out. It lands before the next Write, under it, or after it.
+// A Write's request is held back until after the Write has timed out. It lands before the next
+// Write, under it, or after it.
 func TestWriteThatLandsUnderTheNextOneIsReportedWronglyByNeither(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
@@ -500,9 +501,9 @@ func TestNewWriterIsNotSurprisedByWhatAnEarlierOneLeftOpen(t *testing.T) {
 	mustWrite(t, second, 1, "b")
 }
 
-// The first attempt is held back, and somebody writes the log before the second. Were that all, the first could still be
-// applied when it arrives, for the log may be deleted by then. In a log that was not there it may have been applied and
-// deleted before the other one wrote.
+// The first attempt is held back, and somebody writes the log before the second. Were that all, the
+// first could still be applied when it arrives, for the log may be deleted by then. In a log that
+// was not there it may have been applied and deleted before the other one wrote.
 func TestWriteInConflictCanNoLongerArrive(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
@@ -834,7 +835,8 @@ func TestReaderThatIsSlowerThanTheWriterSkipsToTheLatest(t *testing.T) {
 	nothingToRead(t, r)
 }
 
-// bothWays runs a test of a log for readers of the latest entry, and for readers of every entry since lock was acquired.
+// bothWays runs a test of a log for readers of the latest entry, and for readers of every entry
+// since lock was acquired.
 func bothWays(t *testing.T, test func(t *testing.T, client *clientv3.Client, lock *Lock, opts ...LogOption)) {
 	t.Helper()
 	for _, every := range []bool{false, true} {
@@ -915,8 +917,8 @@ func TestReaderFromACompactedRevisionIsAGapAtOnce(t *testing.T) {
 	mustReadValues(t, r, 5, "e")
 }
 
-// gap cuts a reader off, and has entries compacted that it has not heard of. It has heard of all that were there when it was
-// made, if it has read one of them: they come together.
+// gap cuts a reader off, and has entries compacted that it has not heard of. It has heard of all
+// that were there when it was made, if it has read one of them: they come together.
 func gap(t *testing.T, link *etcdtest.Link, w *LogWriter[string], client *clientv3.Client) {
 	t.Helper()
 	link.Cut()

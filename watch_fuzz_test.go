@@ -13,7 +13,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
-// FuzzDecode has a watcher decode arbitrary bytes: it tells a Put or, with the bytes and a reason, what is no value.
+// FuzzDecode has a watcher decode arbitrary bytes: it tells a Put or, with the bytes and a reason,
+// what is no value.
 func FuzzDecode(f *testing.F) {
 	for _, seed := range []string{
 		"", "null", "1", `"text"`, "{", `{"A":1}`, `{"A":"text"}`, `{"a":1,"A":2}`, `{"A":1e999}`, "[]", "\xff\x00", `{"M":{"k":[1,2]}}`,
@@ -75,8 +76,9 @@ func decodes[T any](t *testing.T, codec Codec, value, prev []byte) Event[T] {
 	return e
 }
 
-// FuzzResync drives a snapshot through a random history of an etcd: it is followed, lost and found again by lists in pages, of
-// which some are given up midway, and it is restored from backups. The reader is told each change and no other.
+// FuzzResync drives a snapshot through a random history of an etcd: it is followed, lost and found
+// again by lists in pages, of which some are given up midway, and it is restored from backups. The
+// reader is told each change and no other.
 func FuzzResync(f *testing.F) {
 	f.Add(uint64(1), []byte("pppdlpppcplrpplddplbprpl"))
 	f.Add(uint64(2), []byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})

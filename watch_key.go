@@ -5,14 +5,14 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// watchDeleted calls gone, in a goroutine, with nil when the key that was created at revision created is
-// no longer there. guards compare whether it is. It may call gone more than once.
+// watchDeleted calls gone, in a goroutine, with nil when the key that was created at revision
+// created is no longer there. guards compare whether it is. It may call gone more than once.
 //
 // The watch is from now on. When it stands the guards are checked once, and so they are after each
 // reconnection, because etcd may have been restored. Nothing is read while nothing happens.
 //
-// If etcd refuses the watch or the read, gone is called with the error. The watch is tried again all the
-// same, until stop is called. A call to gone may still be under way then.
+// If etcd refuses the watch or the read, gone is called with the error. The watch is tried again
+// all the same, until stop is called. A call to gone may still be under way then.
 func watchDeleted(c *config, key string, created Revision, guards []clientv3.Cmp, gone func(err error)) (stop func()) {
 	k := &keyWatch{source: sourceOf(c), createdRev: created, gone: gone}
 	k.sub = watchSub{user: k, key: key, onlyDeletes: true, forLock: true, guards: guards}

@@ -21,9 +21,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// slowReader is the environment variable that makes the test's binary a slow reader, a process of its own, since etcd in
-// the test's process would be measured with it. Its value is the endpoint, the prefix and whether it wants a
-// snapshot.
+// slowReader is the environment variable that makes the test's binary a slow reader, a process of
+// its own, since etcd in the test's process would be measured with it. Its value is the endpoint,
+// the prefix and whether it wants a snapshot.
 const slowReader = "ETCDUTIL_TEST_SLOW_READER"
 
 // footprint is what a slow reader reports, in bytes.
@@ -49,8 +49,8 @@ func measure() footprint {
 	return f
 }
 
-// readSlowly is the process. It watches, reports, sleeps until it is told the last revision, reports, reads up to that
-// revision, and reports, at last with what it has read.
+// readSlowly is the process. It watches, reports, sleeps until it is told the last revision,
+// reports, reads up to that revision, and reports, at last with what it has read.
 func readSlowly() error {
 	var endpoint, prefix string
 	var snapshot bool

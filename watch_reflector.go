@@ -19,8 +19,8 @@ import (
 	"google.golang.org/grpc/connectivity"
 )
 
-// reflector keeps a watch on etcd going, and queues what it sends. With a snapshot it lists the keys first, and again when
-// changes were missed. It has a goroutine only while it lists.
+// reflector keeps a watch on etcd going, and queues what it sends. With a snapshot it lists the
+// keys first, and again when changes were missed. It has a goroutine only while it lists.
 type reflector struct {
 	watchConfig
 	ctx     context.Context
@@ -94,7 +94,8 @@ func (r *reflector) begin() error {
 	return r.learn()
 }
 
-// learn finds out what the watched keys were when the watch began, after etcd was read and before the watch stood.
+// learn finds out what the watched keys were when the watch began, after etcd was read and before
+// the watch stood.
 func (r *reflector) learn() error {
 	resp, err := r.look(r.start)
 	if errors.Is(err, rpctypes.ErrCompacted) {
@@ -110,7 +111,8 @@ func (r *reflector) learn() error {
 	return err
 }
 
-// resolveStart finds out where to begin, whether that is possible, and what the watched keys were before.
+// resolveStart finds out where to begin, whether that is possible, and what the watched keys were
+// before.
 func (r *reflector) resolveStart() error {
 	at := max(r.from-1, 0)
 	resp, err := r.look(at)
@@ -357,8 +359,9 @@ func (r *reflector) unchanged(resp *clientv3.TxnResponse) bool {
 	return r.past.counted && r.past.same(r, resp)
 }
 
-// past is what is known of the watched keys at the last revision that was passed. By it a history can be told from
-// another: an etcd that was restored, and has been written so much since that its revision says nothing.
+// past is what is known of the watched keys at the last revision that was passed. By it a history
+// can be told from another: an etcd that was restored, and has been written so much since that its
+// revision says nothing.
 type past struct {
 	cluster uint64   // which etcd it was
 	seen    Revision // the newest that etcd is known to have had
@@ -367,7 +370,8 @@ type past struct {
 	newest  keyState // the newest change; zero if none is known
 }
 
-// maxSorted is of how many keys the newest is found by reading them all, which etcd does to sort them.
+// maxSorted is of how many keys the newest is found by reading them all, which etcd does to sort
+// them.
 const maxSorted = 10_000
 
 // keyState is the state of a key after a change.
@@ -546,7 +550,8 @@ func (r *reflector) list() {
 // errBroken says that the connection broke while a list was made.
 var errBroken = errors.New("the connection is broken")
 
-// maxRelists is how often a list is made anew because the connection broke. It may break faster than a list is made.
+// maxRelists is how often a list is made anew because the connection broke. It may break faster
+// than a list is made.
 const maxRelists = 3
 
 // listUntilDone queues the difference between what was sent and what there is.
@@ -570,10 +575,12 @@ func (r *reflector) listUntilDone() (next Revision, streams int64, err error) {
 	}
 }
 
-// listOnce lists page by page, all at the revision of the first, and waits for the reader between them.
+// listOnce lists page by page, all at the revision of the first, and waits for the reader between
+// them.
 //
-// If strict, it ends with errBroken if the connection broke between the first page and the last: etcd may have been restored,
-// and been written past the list's revision, so that the pages are of two histories.
+// If strict, it ends with errBroken if the connection broke between the first page and the last:
+// etcd may have been restored, and been written past the list's revision, so that the pages are of
+// two histories.
 func (r *reflector) listOnce(strict bool) (next Revision, err error) {
 	r.queue.push(r.sent.begin()...)
 	r.past = past{counted: true}
@@ -612,7 +619,8 @@ func (r *reflector) listOnce(strict bool) (next Revision, err error) {
 	return rev + 1, nil
 }
 
-// cancelOnDisconnect cancels when all connections of the client are broken, as they are before etcd can be restored.
+// cancelOnDisconnect cancels when all connections of the client are broken, as they are before etcd
+// can be restored.
 func (r *reflector) cancelOnDisconnect(ctx context.Context, cancel context.CancelCauseFunc) {
 	conn := r.client.ActiveConnection()
 	if conn.GetState() != connectivity.Ready || conn.WaitForStateChange(ctx, connectivity.Ready) {
@@ -630,7 +638,8 @@ const (
 	pageTimeout, maxPageTimeout = 2 * time.Second, time.Minute
 )
 
-// page reads a page, until that succeeds. A page that is too large, or too slow to come, is made smaller.
+// page reads a page, until that succeeds. A page that is too large, or too slow to come, is made
+// smaller.
 func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeResponse, error) {
 	timeout := pageTimeout
 	for failed := 1; ; failed++ {
@@ -660,7 +669,8 @@ func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeRespo
 	}
 }
 
-// readPage bounds the answer, which would be as large as a thousand values can be. A wrapped client offers no way to.
+// readPage bounds the answer, which would be as large as a thousand values can be. A wrapped client
+// offers no way to.
 func (r *reflector) readPage(ctx context.Context, op clientv3.Op, from string, at Revision, limit int64) (*pb.RangeResponse, error) {
 	if reflect.TypeOf(r.client.KV) != kvType {
 		resp, err := r.client.Do(ctx, op)
@@ -678,8 +688,8 @@ func (r *reflector) readPage(ctx context.Context, op clientv3.Op, from string, a
 
 var kvType = reflect.TypeOf(clientv3.NewKVFromKVClient(nil, nil))
 
-// pageAfter is how many keys to list next: so many that they have about pageBytes, if they are like those before, but
-// only so many more than before.
+// pageAfter is how many keys to list next: so many that they have about pageBytes, if they are like
+// those before, but only so many more than before.
 func pageAfter(kvs []*mvccpb.KeyValue, limit int64) int64 {
 	size := 1
 	for _, kv := range kvs {

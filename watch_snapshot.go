@@ -14,7 +14,8 @@ type snapshot struct {
 	generation uint32
 }
 
-// sentState is what was sent of a key. In a restored etcd another value may have the same revision, hence the hash.
+// sentState is what was sent of a key. In a restored etcd another value may have the same revision,
+// hence the hash.
 type sentState struct {
 	rev        Revision
 	hash       uint64

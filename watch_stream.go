@@ -21,19 +21,22 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// A watchUser uses a watch. Its methods are called one at a time, under the mutex of whoever keeps the watch, so they
-// must neither block nor call back.
+// A watchUser uses a watch. Its methods are called one at a time, under the mutex of whoever keeps
+// the watch, so they must neither block nor call back.
 type watchUser interface {
-	// history returns what to read before the watch is resumed at next; nothing if there is nothing to check.
+	// history returns what to read before the watch is resumed at next; nothing if there is nothing
+	// to check.
 	history(next Revision) []clientv3.Op
 	// checked takes the answer to history, or why there is none.
 	checked(resp *clientv3.TxnResponse, err error) historyVerdict
-	// present returns what to read to find out whether the watched keys are what they were, and unchanged takes the answer.
+	// present returns what to read to find out whether the watched keys are what they were, and
+	// unchanged takes the answer.
 	present() []clientv3.Op
 	unchanged(resp *clientv3.TxnResponse) bool
 	// created reports that the watch stands, on a member of this revision.
 	created(rev Revision)
-	// deliver takes whole revisions, and all that happened up to a revision. It reports whether there is room for more.
+	// deliver takes whole revisions, and all that happened up to a revision. It reports whether
+	// there is room for more.
 	deliver(events []*mvccpb.Event, upTo Revision) (room bool)
 	// compacted reports that etcd no longer has what comes next. The watch is parked.
 	compacted(rev Revision)
@@ -85,9 +88,11 @@ type watchSource interface {
 	streams() int64
 	// start begins a watch, and resumes a parked one.
 	start(sub *watchSub)
-	// restart begins a parked watch anew, at a revision, with its history checked when so many streams had been opened.
+	// restart begins a parked watch anew, at a revision, with its history checked when so many
+	// streams had been opened.
 	restart(sub *watchSub, next Revision, streams int64)
-	// drained reports that the reader of a watch has room again. It returns true if the watch is parked.
+	// drained reports that the reader of a watch has room again. It returns true if the watch is
+	// parked.
 	drained(sub *watchSub) (parked bool)
 	// locked calls f as the methods of the watch's user are called.
 	locked(f func())
@@ -97,8 +102,8 @@ type watchSource interface {
 	stop(sub *watchSub)
 }
 
-// A registration is a watch on one stream. IDs are never used twice on a stream, because etcd may still send events for
-// an ID that was canceled.
+// A registration is a watch on one stream. IDs are never used twice on a stream, because etcd may
+// still send events for an ID that was canceled.
 type registration struct {
 	sub       *watchSub
 	stream    *watchStream
@@ -132,8 +137,8 @@ const (
 )
 
 const (
-	// maxMessage is the largest message that a stream takes. After a larger one its watches ask for fragments. Not before:
-	// the server's time for fragments is quadratic in the number of events.
+	// maxMessage is the largest message that a stream takes. After a larger one its watches ask for
+	// fragments. Not before: the server's time for fragments is quadratic in the number of events.
 	maxMessage = 16 << 20
 	// maxBacklog is how many revisions a watch may be behind and still return to the live stream.
 	maxBacklog = 1000
@@ -145,7 +150,8 @@ const (
 	hubTick = 500 * time.Millisecond
 	// progressInterval is how often a stream asks for progress.
 	progressInterval, minProgressInterval = time.Second, 5 * time.Millisecond
-	// pingAfter is after how long without an answer a stream is pinged, idleTimeout after how long it is given up.
+	// pingAfter is after how long without an answer a stream is pinged, idleTimeout after how long
+	// it is given up.
 	pingAfter, idleTimeout = time.Second, 4 * time.Second
 	// streamLinger is how long a stream without watches is kept for the next one.
 	streamLinger = time.Second
@@ -155,16 +161,17 @@ const (
 	maxBrokenBackoff = 3
 	// proxyInterval is how often the keys of a quiet watch behind etcd's gRPC proxy are read.
 	proxyInterval = 3 * time.Second
-	// slowReaderGrace is how long a stream of its own waits for a slow reader. Meanwhile etcd keeps in memory what it is
-	// about to send.
+	// slowReaderGrace is how long a stream of its own waits for a slow reader. Meanwhile etcd keeps
+	// in memory what it is about to send.
 	slowReaderGrace = 4 * time.Second
 )
 
-// watchHub keeps the watches of one client on streams that they share. It has no goroutine of its own: a timer runs while
-// it has streams, and each stream has one that receives and one that sends.
+// watchHub keeps the watches of one client on streams that they share. It has no goroutine of its
+// own: a timer runs while it has streams, and each stream has one that receives and one that sends.
 //
-// A watch that is not up to date silences the progress of its whole stream, and may get a thousand revisions in one
-// message. So it begins on a catch-up stream, and moves to the live stream when progress shows that it is up to date.
+// A watch that is not up to date silences the progress of its whole stream, and may get a thousand
+// revisions in one message. So it begins on a catch-up stream, and moves to the live stream when
+// progress shows that it is up to date.
 type watchHub struct {
 	client *clientv3.Client
 	ctx    context.Context
@@ -413,7 +420,8 @@ func (h *watchHub) newStream(kind streamKind, fragment bool) *watchStream {
 	return s
 }
 
-// advance checks the history of a watch that is about to be created on an open stream, or creates it.
+// advance checks the history of a watch that is about to be created on an open stream, or creates
+// it.
 //
 // The check comes after the stream was opened. If etcd is restored after that, the stream breaks.
 func (h *watchHub) advance(sub *watchSub) {
@@ -498,7 +506,8 @@ func (h *watchHub) again(sub *watchSub) {
 	})
 }
 
-// move has a watch that is up to date created on the live stream. What both streams send is dropped the second time.
+// move has a watch that is up to date created on the live stream. What both streams send is dropped
+// the second time.
 func (h *watchHub) move(sub *watchSub) {
 	if sub.moving != nil {
 		return
@@ -664,8 +673,8 @@ func (s *watchStream) run(delay time.Duration, failed int) {
 	s.hub.streamEnded(s, err)
 }
 
-// open opens the stream to another member than those that are avoided, if it can: gRPC takes them in turn. A stream that it
-// does not take is closed at once.
+// open opens the stream to another member than those that are avoided, if it can: gRPC takes them
+// in turn. A stream that it does not take is closed at once.
 func (s *watchStream) open() (pb.Watch_WatchClient, error) {
 	remote, limit := pb.NewWatchClient(s.hub.client.ActiveConnection()), maxMessage
 	if s.fragment {
@@ -739,7 +748,8 @@ func (s *watchStream) push(r *pb.WatchRequest) {
 	wake(s.ready)
 }
 
-// sendCreates sends what is to be created: one at a time until etcd itself is known to be at the other end.
+// sendCreates sends what is to be created: one at a time until etcd itself is known to be at the
+// other end.
 func (s *watchStream) sendCreates() {
 	for len(s.toCreate) > 0 && (s.direct || len(s.creating) == 0) {
 		r := s.toCreate[0]
@@ -768,8 +778,8 @@ func (r *registration) request() *pb.WatchRequest {
 	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: create}}
 }
 
-// pingRequest is refused at once, and so answered, whether the stream's watches are up to date or not: the range is empty and
-// the revision is negative.
+// pingRequest is refused at once, and so answered, whether the stream's watches are up to date or
+// not: the range is empty and the revision is negative.
 func pingRequest() *pb.WatchRequest {
 	create := &pb.WatchCreateRequest{Key: []byte{1, 1}, RangeEnd: []byte{1}, StartRevision: -1}
 	return &pb.WatchRequest{RequestUnion: &pb.WatchRequest_CreateRequest{CreateRequest: create}}
@@ -838,8 +848,9 @@ func (s *watchStream) askProgress(now time.Time) {
 	s.push(progressRequest())
 }
 
-// lookForProgress moves watches on that got nothing, where etcd's gRPC proxy is at the other end. It sends no progress. If the
-// watched keys are what they were, and no event comes for a while after that was read, nothing is under way either.
+// lookForProgress moves watches on that got nothing, where etcd's gRPC proxy is at the other end.
+// It sends no progress. If the watched keys are what they were, and no event comes for a while
+// after that was read, nothing is under way either.
 func (s *watchStream) lookForProgress(now time.Time) {
 	for _, r := range s.byID {
 		if now.Sub(r.lookedAt) < proxyInterval || r.sub.current != r {
@@ -869,8 +880,8 @@ func (s *watchStream) lookAt(r *registration) {
 	})
 }
 
-// moveQuiet moves watches that got nothing for a while. etcd brings those up to date first, but sends no progress while
-// another one is not.
+// moveQuiet moves watches that got nothing for a while. etcd brings those up to date first, but
+// sends no progress while another one is not.
 func (s *watchStream) moveQuiet(now time.Time) {
 	for _, r := range slices.Collect(maps.Values(s.byID)) {
 		if now.Sub(r.since) > 3*time.Second && now.Sub(r.lastEvent) > 2*time.Second && r.rest == nil && r.sub.current == r {
@@ -1094,8 +1105,8 @@ func (s *watchStream) handleCanceled(resp *pb.WatchResponse) {
 	compacted := resp.CompactRevision
 	switch {
 	case compacted <= sub.next || sub.forLock:
-		// Canceled for another reason, or by a member that lags: it took its leader's snapshot, in which nothing is known
-		// of progress.
+		// Canceled for another reason, or by a member that lags: it took its leader's snapshot, in
+		// which nothing is known of progress.
 		h.again(sub)
 	case compacted <= sub.from:
 		sub.next = compacted // nothing was lost
@@ -1106,9 +1117,10 @@ func (s *watchStream) handleCanceled(resp *pb.WatchResponse) {
 	}
 }
 
-// handleProgress takes the revision that all watches of the stream have come to. It counts for a watch if the answer was made
-// after the watch was created. That is certain if it is newer than the creation, or if all requests that were sent before
-// are settled: etcd handles requests, and sends answers about progress, in order.
+// handleProgress takes the revision that all watches of the stream have come to. It counts for a
+// watch if the answer was made after the watch was created. That is certain if it is newer than the
+// creation, or if all requests that were sent before are settled: etcd handles requests, and sends
+// answers about progress, in order.
 func (s *watchStream) handleProgress(resp *pb.WatchResponse) {
 	rev := resp.Header.GetRevision()
 	s.hub.known = max(s.hub.known, rev)
@@ -1137,7 +1149,8 @@ func (s *watchStream) progressed(sub *watchSub, rev Revision) {
 	}
 }
 
-// handleEvents passes on whole revisions. It reports whether the reader of an ownStream has no room for more.
+// handleEvents passes on whole revisions. It reports whether the reader of an ownStream has no room
+// for more.
 func (s *watchStream) handleEvents(resp *pb.WatchResponse) (full bool) {
 	r := s.byID[resp.WatchId]
 	if r == nil {
@@ -1206,7 +1219,8 @@ type readRequest struct {
 	done   func(resp *clientv3.TxnResponse, err error) // with as many responses as ops
 }
 
-// batchReader reads for many in few transactions. It has goroutines only while there is something to read.
+// batchReader reads for many in few transactions. It has goroutines only while there is something
+// to read.
 type batchReader struct {
 	ctx    context.Context
 	client *clientv3.Client

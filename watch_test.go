@@ -174,7 +174,8 @@ func mustCompact(t testing.TB, client *clientv3.Client, rev Revision) {
 	require.NoError(t, err)
 }
 
-// resetEvery resets the link's connections again and again until the returned function is called. It counts.
+// resetEvery resets the link's connections again and again until the returned function is called.
+// It counts.
 func resetEvery(t testing.TB, link *etcdtest.Link, interval time.Duration) (count *atomic.Int64, stop func()) {
 	t.Helper()
 	count, done := new(atomic.Int64), make(chan struct{})
@@ -265,8 +266,8 @@ func TestWatchDeliversEveryRevisionOnceThroughResets(t *testing.T) {
 	require.True(t, slices.Equal(wrote, gotFollowed.v), "%d events, not %d", len(gotFollowed.v), len(wrote))
 }
 
-// cutOff cuts a link, and meanwhile changes what is watched under prefix and compacts it. It returns when the link is
-// healed.
+// cutOff cuts a link, and meanwhile changes what is watched under prefix and compacts it. It
+// returns when the link is healed.
 func cutOff(t testing.TB, writer *clientv3.Client, link *etcdtest.Link, prefix string) {
 	t.Helper()
 	link.Cut()
@@ -568,7 +569,8 @@ func leavesIsolated(t *testing.T) bool {
 	require.NoError(t, err)
 	addEndpoints(client, cluster.Endpoints()[leader], cluster.Endpoints()[(leader+2)%3])
 
-	// The member tells its watches when it has had no leader for three elections; on a busy machine that is late.
+	// The member tells its watches when it has had no leader for three elections; on a busy machine
+	// that is late.
 	stuck := newClient(t, cluster.Endpoints()[isolated])
 	watch := stuck.Watch(clientv3.WithRequireLeader(t.Context()), prefix, clientv3.WithCreatedNotify())
 	require.True(t, (<-watch).Created)
@@ -627,7 +629,8 @@ func TestWatchLeavesAConnectionThatIsHalfOpen(t *testing.T) {
 	require.Equal(t, wrote, append(got, resumed.v...))
 }
 
-// Without DialKeepAliveTime nobody ever closes the dead connection, and gRPC goes on giving it every second request.
+// Without DialKeepAliveTime nobody ever closes the dead connection, and gRPC goes on giving it
+// every second request.
 func TestWatchMovesToAnotherConnectionFromOneThatIsSilent(t *testing.T) {
 	t.Parallel()
 	link := etcdtest.StartLink(t, testCluster.Endpoints()[0])
@@ -754,7 +757,8 @@ func TestWatchNoticesAnotherClusterWhoseRevisionIsPastItsOwn(t *testing.T) {
 	require.Equal(t, toldEvent{EventPut, prefix + "a", "live", rev}, toldOf(next(t, follower)))
 }
 
-// A list that begins in one etcd and ends in another would be of neither, and nothing would ever set it right.
+// A list that begins in one etcd and ends in another would be of neither, and nothing would ever
+// set it right.
 func TestWatchListsAgainWhenEtcdIsAnotherBetweenTwoPages(t *testing.T) {
 	t.Parallel()
 	before, after := etcdtest.Start(t, 1), etcdtest.Start(t, 1)
@@ -888,8 +892,8 @@ func TestWatchOutlivesItsTokens(t *testing.T) {
 	require.Equal(t, wrote, gotFollowed.v)
 }
 
-// etcd refuses a new watch on a stream that was opened with a token which has expired since (etcd-io/etcd#12385), and
-// clientv3 puts a client's watches on one stream.
+// etcd refuses a new watch on a stream that was opened with a token which has expired since
+// (etcd-io/etcd#12385), and clientv3 puts a client's watches on one stream.
 func TestWatchStandsBesideOneWhoseTokenHasExpired(t *testing.T) {
 	t.Parallel()
 	cluster, root := authCluster(t, 1)
@@ -1301,7 +1305,8 @@ func TestWatchesOfAClientShareAStream(t *testing.T) {
 	eventually(t, func() bool { return streams.open.Load() == 0 }, "the stream is closed")
 }
 
-// clientv3 opens a stream for a watch and keeps it, with nothing on it, if the watch's context ends before it stands.
+// clientv3 opens a stream for a watch and keeps it, with nothing on it, if the watch's context ends
+// before it stands.
 func TestWatcherThatIsClosedBeforeItsWatchStandsLeavesNoStream(t *testing.T) {
 	t.Parallel()
 	client, streams := countingStreams(t)
@@ -1405,7 +1410,8 @@ func TestWatchNoticesARestoreWhileItsReaderIsBehind(t *testing.T) {
 	}
 }
 
-// While a connection is dead that nobody has closed, a watch ends because it is silent, and not because the connection broke.
+// While a connection is dead that nobody has closed, a watch ends because it is silent, and not
+// because the connection broke.
 func TestWatchNoticesARestoreBehindAConnectionThatWasSilent(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)

@@ -14,9 +14,9 @@ import (
 	"google.golang.org/grpc/metadata"
 )
 
-// wrappedSource keeps one watch through client.Watcher, for a client whose Watcher is wrapped (client/v3/namespace). Each
-// watch has a stream and a few goroutines. What etcd sends at once is in memory at once, and a stream whose watch was reset
-// may stay open until the client is closed.
+// wrappedSource keeps one watch through client.Watcher, for a client whose Watcher is wrapped
+// (client/v3/namespace). Each watch has a stream and a few goroutines. What etcd sends at once is
+// in memory at once, and a stream whose watch was reset may stay open until the client is closed.
 type wrappedSource struct {
 	client *clientv3.Client
 
@@ -145,8 +145,9 @@ func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
 // wrappedStreams counts the streams for watches of wrapped clients.
 var wrappedStreams atomic.Int64
 
-// ownStreamContext makes clientv3 open a stream for one watch. On a stream that watches share, clientv3 takes an answer
-// about progress for all, and it may have overtaken the creation of a watch.
+// ownStreamContext makes clientv3 open a stream for one watch. On a stream that watches share,
+// clientv3 takes an answer about progress for all, and it may have overtaken the creation of a
+// watch.
 func ownStreamContext(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, "etcdutil-stream", "watch-"+strconv.FormatInt(wrappedStreams.Add(1), 10))
 }
@@ -205,7 +206,8 @@ func (w *wrappedSource) startAsking(ctx context.Context) *time.Timer {
 	return ask
 }
 
-// waitForReader waits until the reader has come on. After a while the watch ends, so that etcd keeps nothing for it.
+// waitForReader waits until the reader has come on. After a while the watch ends, so that etcd
+// keeps nothing for it.
 func (w *wrappedSource) waitForReader(ctx context.Context, cancel context.CancelCauseFunc) bool {
 	timeout := time.NewTimer(slowReaderGrace)
 	defer timeout.Stop()
