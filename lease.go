@@ -603,7 +603,7 @@ type keySlots struct {
 type keySlot struct {
 	remove  func(ctx context.Context) error // deletes the discarded key, if it is there
 	removed bool                            // once
-	late    bool                            // a request that writes or deletes the key may still arrive
+	late    bool                            // a request for the key may still arrive
 	until   time.Time                       // by when that has arrived
 }
 

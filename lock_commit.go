@@ -311,7 +311,7 @@ const (
 	verdictNotApplied                 // and never will be: the key is unchanged
 	verdictLost                       // not applied, because the key was gone
 	verdictGone                       // the key is gone, and with it the mark
-	verdictOverwritten                // the key was written by somebody else, over the mark if there was one
+	verdictOverwritten                // somebody else has written the key, over any mark
 )
 
 // resolve decides by the key as it is now, nil if it is gone.

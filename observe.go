@@ -87,7 +87,7 @@ type reporter struct {
 
 	mu      sync.Mutex
 	pending []func()
-	idle    chan struct{} // closed when the running goroutine has reported everything; nil if none runs
+	idle    chan struct{} // closed when everything is reported; nil if no goroutine runs
 }
 
 // newReporter returns nil if nobody listens.

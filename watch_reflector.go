@@ -564,7 +564,8 @@ func (r *reflector) listUntilDone() (next Revision, streams int64, err error) {
 			return next, streams, nil
 		case errors.Is(err, errBroken):
 			broken++
-		case errors.Is(err, errRestored), errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev): // by a restore
+		case errors.Is(err, errRestored), errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev):
+			// A restore makes a revision a future one.
 			sleep(r.ctx, RetryPolicy{}.withDefaults().backoff(1))
 		default:
 			return 0, 0, err

@@ -658,7 +658,8 @@ func (s *watchStream) run(delay time.Duration, failed int) {
 		sleep(s.ctx, delay)
 		redial(s.hub.client)
 	}
-	timeout := time.AfterFunc(2*time.Second<<min(failed, 4), s.cancel) // it may wait for a token from a member that is stuck
+	// Opening may wait for a token from a member that is stuck.
+	timeout := time.AfterFunc(2*time.Second<<min(failed, 4), s.cancel)
 	rpc, err := s.open()
 	timeout.Stop()
 	if err == nil {
