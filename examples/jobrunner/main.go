@@ -1,8 +1,7 @@
-// Jobrunner is a service built on etcdutil: start it as often as you like. One replica leads and
-// queues jobs. Workers of all replicas take them, and each job is done exactly once. Settings are
-// live, what the leader does is in an audit log that every replica reads, and metrics and a
-// readiness probe are served over HTTP. It stops on SIGTERM: within 1 s while etcd is well, within
-// 6 s while it is not.
+// Jobrunner is a service built on etcdutil. Start any number of replicas. One leads and queues
+// jobs. The workers of all do each job exactly once. Settings are live. Every replica reads the
+// leader's audit log, and serves metrics and a readiness probe. It stops within 1 s of SIGTERM
+// while etcd is well, and within 6 s while it is not.
 package main
 
 import (
@@ -40,8 +39,7 @@ const (
 	working     = "jobrunner/working/" // a lock for each job
 )
 
-// Settings are read anew for each job. Put them as JSON under settingsKey, with times in
-// milliseconds.
+// Settings are read anew for each job: JSON under settingsKey, with times in milliseconds.
 type Settings struct {
 	Every int // a job is queued
 	Takes int // a job to do
