@@ -149,7 +149,7 @@ func waiters(t testing.TB, client *clientv3.Client, name string, n int) {
 	eventually(t, func() bool { return len(keys(t, client, name)) == n }, fmt.Sprintf("%d contenders for %s", n, name))
 }
 
-// knows tells whether the server knows a lease.
+// knows reports whether the server has a lease.
 func knows(t testing.TB, client *clientv3.Client, id clientv3.LeaseID) bool {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)

@@ -131,7 +131,7 @@ func TestEtcdctlWaitsForOursAndOursForEtcdctl(t *testing.T) {
 	require.NoError(t, theirs.err, string(theirs.v))
 	require.FileExists(t, ran)
 
-	// And now it holds until it is told to stop.
+	// Now it holds until the file stop exists.
 	stop := filepath.Join(t.TempDir(), "stop")
 	theirs = start(func() ([]byte, error) {
 		return lockFor("while [ ! -e '" + stop + "' ]; do sleep 0.02; done").CombinedOutput()

@@ -194,7 +194,7 @@ func TestQueueIgnoresStrayKeysHoweverMany(t *testing.T) {
 }
 
 func TestLeaseUsesFewKeysForTheLocksOfOneName(t *testing.T) {
-	var queued atomic.Pointer[context.CancelFunc] // what to call when a key has been written, and its writer been told
+	var queued atomic.Pointer[context.CancelFunc] // called after a key was written and its writer has the answer
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		err := invoker(ctx, method, req, reply, cc, opts...)
 		if f := queued.Load(); f != nil && err == nil && strings.HasSuffix(method, "/Txn") {

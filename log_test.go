@@ -85,7 +85,7 @@ func nothingToRead[T any](t testing.TB, r *LogReader[T]) {
 	require.ErrorIs(t, err, context.DeadlineExceeded, "read %v", e)
 }
 
-// hasHeard waits until a reader of the latest entry has been told of a revision.
+// hasHeard waits until a reader of the latest entry has received a revision.
 func hasHeard[T any](t testing.TB, r *LogReader[T], rev Revision) {
 	t.Helper()
 	eventually(t, func() bool {
@@ -531,7 +531,7 @@ func TestWriteInConflictCanNoLongerArrive(t *testing.T) {
 	}
 }
 
-// clientv3 repeats by itself what was answered Canceled, and tells only how the second one fared.
+// clientv3 repeats by itself what was answered Canceled, and returns only the second result.
 func TestWriteThatClientv3HasSentTwiceIsNotTakenForAnothers(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)

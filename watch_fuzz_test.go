@@ -13,8 +13,8 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
 
-// FuzzDecode has a watcher decode arbitrary bytes: it tells a Put or, with the bytes and a reason,
-// what is no value.
+// FuzzDecode makes a watcher decode arbitrary bytes: it sends an EventPut, or an EventInvalid with
+// the bytes and the reason.
 func FuzzDecode(f *testing.F) {
 	for _, seed := range []string{
 		"", "null", "1", `"text"`, "{", `{"A":1}`, `{"A":"text"}`, `{"a":1,"A":2}`, `{"A":1e999}`, "[]", "\xff\x00", `{"M":{"k":[1,2]}}`,
@@ -78,7 +78,7 @@ func decodes[T any](t *testing.T, codec Codec, value, prev []byte) Event[T] {
 
 // FuzzResync drives a snapshot through a random history of an etcd: it is followed, lost and found
 // again by lists in pages, of which some are given up midway, and it is restored from backups. The
-// reader is told each change and no other.
+// reader gets each change and no other.
 func FuzzResync(f *testing.F) {
 	f.Add(uint64(1), []byte("pppdlpppcplrpplddplbprpl"))
 	f.Add(uint64(2), []byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
@@ -107,7 +107,7 @@ func FuzzResync(f *testing.F) {
 	})
 }
 
-// known is what the reader was told of a key.
+// known is what the reader has received of a key.
 type known struct {
 	value string
 	rev   Revision
@@ -211,7 +211,7 @@ func (h *history) listPages(pages int) ([]*mvccpb.KeyValue, Revision) {
 	return kvs, h.revision
 }
 
-// check is for when the reader has been told all.
+// check is called when the reader has received everything.
 func (h *history) check() {
 	require.Len(h.t, h.reader, len(h.kvs))
 	for key, kv := range h.kvs {
@@ -220,7 +220,7 @@ func (h *history) check() {
 	require.Len(h.t, h.snapshot.keys, len(h.kvs))
 }
 
-// tell tells the reader a change.
+// tell sends the reader a change.
 func (h *history) tell(c change) {
 	key := string(c.kv.Key)
 	before, told := h.reader[key]

@@ -49,8 +49,8 @@ func measure() footprint {
 	return f
 }
 
-// readSlowly is the process. It watches, reports, sleeps until it is told the last revision,
-// reports, reads up to that revision, and reports, at last with what it has read.
+// readSlowly is the process. It watches, reports, sleeps until it reads the last
+// revision, reports, reads up to that revision, and reports, at last with what it has read.
 func readSlowly() error {
 	var endpoint, prefix string
 	var snapshot bool

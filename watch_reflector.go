@@ -330,7 +330,7 @@ func (r *reflector) checked(resp *clientv3.TxnResponse, err error) historyVerdic
 	case errors.Is(err, rpctypes.ErrCompacted) && !r.atNext:
 		r.atNext = true
 		return checkAgain
-	case errors.Is(err, rpctypes.ErrCompacted): // the watch is told by how much
+	case errors.Is(err, rpctypes.ErrCompacted): // the watch reports by how much
 		r.atNext = false
 		return resumeWatch
 	case errors.Is(err, rpctypes.ErrFutureRev):
@@ -359,9 +359,9 @@ func (r *reflector) unchanged(resp *clientv3.TxnResponse) bool {
 	return r.past.counted && r.past.same(r, resp)
 }
 
-// past is what is known of the watched keys at the last revision that was passed. By it a history
-// can be told from another: an etcd that was restored, and has been written so much since that its
-// revision says nothing.
+// past is what is known of the watched keys at the last revision that was passed. It distinguishes
+// one history from another: a restored etcd may have been written so much since that its revision
+// does not show the restore.
 type past struct {
 	cluster uint64   // which etcd it was
 	seen    Revision // the newest that etcd is known to have had

@@ -203,7 +203,7 @@ func linkedTo(t testing.TB, cluster *etcdtest.Cluster) (*clientv3.Client, *etcdt
 	return newClient(t, link.Endpoint()), link
 }
 
-// readUntil reads what a watcher tells up to the event of a key, and fails if nothing comes.
+// readUntil reads events up to that of a key, and fails if nothing comes.
 func readUntil(w *Watcher[string], key string) ([]toldEvent, error) {
 	var events []toldEvent
 	for {
@@ -359,7 +359,7 @@ func TestWatchTellsItsUnreadEventsBeforeItsError(t *testing.T) {
 	require.ErrorIs(t, cause, ErrGap)
 }
 
-// ending tells whether the feed's end is queued.
+// ending reports whether the feed's end is queued.
 func (q *queue) ending() bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -569,7 +569,7 @@ func leavesIsolated(t *testing.T) bool {
 	require.NoError(t, err)
 	addEndpoints(client, cluster.Endpoints()[leader], cluster.Endpoints()[(leader+2)%3])
 
-	// The member tells its watches when it has had no leader for three elections; on a busy machine
+	// The member notifies its watches after three elections without a leader. On a busy machine
 	// that is late.
 	stuck := newClient(t, cluster.Endpoints()[isolated])
 	watch := stuck.Watch(clientv3.WithRequireLeader(t.Context()), prefix, clientv3.WithCreatedNotify())

@@ -382,7 +382,7 @@ func (c *linkConn) waitUntilDue(ch chunk) bool {
 	}
 }
 
-// passes tells whether something may pass now. If not, c is damaged from the same instant: a Heal
+// passes reports whether something may pass now. If not, c is damaged from the same instant: a Heal
 // either came before it and let it pass, or comes after and finds the damage.
 func (c *linkConn) passes(d direction) bool {
 	c.link.mu.Lock()

@@ -199,14 +199,14 @@ func (n *node) running() bool {
 	return n.member != nil
 }
 
-// connected tells whether n runs and is not isolated.
+// connected reports whether n runs and is not isolated.
 func (n *node) connected() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.member != nil && !n.isolated
 }
 
-// serving tells whether n answers clients.
+// serving reports whether n answers clients.
 func (n *node) serving() bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -247,8 +247,8 @@ func (n *node) campaign() {
 
 // awaitApplied waits until what the member had committed when it started has been applied. etcd 3.7
 // panics in an election that comes earlier, if that is over a hundred entries: it then drops the
-// first one from memory, while raft, which is told a little later that they are applied, still
-// looks for it.
+// first one from memory. raft still looks for that one, because it learns a little later that they
+// are applied.
 func (n *node) awaitApplied(deadline time.Time) {
 	const harmless, untilToldOf = 100, 100 * time.Millisecond
 	for time.Now().Before(deadline) {

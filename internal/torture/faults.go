@@ -128,7 +128,7 @@ func (t *torture) faultLinks(f fault) bool {
 	return true
 }
 
-// harmless is a delay that keeps nobody from being told in time.
+// harmless is a delay with which everybody is still notified in time.
 const harmless = 100 * time.Millisecond
 
 // aims are the locks at whose holders faults are aimed: where they are the likeliest to break

@@ -224,8 +224,8 @@ func (x *exclusion) compare(name string, last, next *holding, stalls []stall) {
 // machine.
 const toldWithin = 500*time.Millisecond + time.Second
 
-// checkTold checks that those whose key was deleted were notified in time. troubled says whether a
-// fault may have kept a host from being told.
+// checkTold checks that those whose key was deleted were notified in time. troubled reports whether
+// a fault may have kept a host from being notified.
 func checkTold(holdings []*holding, troubled func(host int, from, to time.Duration) bool) (checked int, violations []string) {
 	for _, h := range holdings {
 		due := h.deleted + toldWithin
