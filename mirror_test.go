@@ -203,7 +203,7 @@ func TestMirrorWaitEndsWithItsContextAndWithTheMirror(t *testing.T) {
 	require.ErrorIs(t, receiving.err, ErrClosed)
 	require.Equal(t, ErrClosed, context.Cause(m))
 	require.NoError(t, m.Close())
-	require.Panics(t, func() { _ = m.Wait(nil, 1) }) //nolint:staticcheck // that is the test
+	require.Panics(t, func() { _ = m.Wait(noContext, 1) })
 }
 
 func TestMirrorKeepsTheLastValueThatDecoded(t *testing.T) {
@@ -500,7 +500,7 @@ func TestMirrorRefusesBadArguments(t *testing.T) {
 	}
 	_, err := NewMirror[string](ctx, client, "")
 	require.ErrorContains(t, err, "key")
-	require.Panics(t, func() { _, _ = NewMirror[string](nil, client, "a") }) //nolint:staticcheck // that is the test
+	require.Panics(t, func() { _, _ = NewMirror[string](noContext, client, "a") })
 	require.Panics(t, func() { _, _ = NewMirror[string](ctx, nil, "a") })
 }
 

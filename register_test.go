@@ -341,7 +341,7 @@ func TestRegistrationSetOfUnknownOutcomeIsWrittenWhenEtcdIsBack(t *testing.T) {
 	ended, end := context.WithCancelCause(context.Background())
 	end(cause)
 	require.ErrorIs(t, r.Set(ended, "3"), cause)
-	require.Panics(t, func() { _ = r.Set(nil, "3") }) //nolint:staticcheck // that is the test
+	require.Panics(t, func() { _ = r.Set(noContext, "3") })
 	requireRegisteredWithin(t, registerBackWithin, other, r, "2")
 }
 
@@ -472,7 +472,7 @@ func TestRegisterRefusesBadArguments(t *testing.T) {
 	require.ErrorContains(t, err, "key")
 	_, err = Register(ctx, client, nameOf(t), func() {})
 	require.ErrorContains(t, err, "encoded")
-	require.Panics(t, func() { _, _ = Register(nil, client, "a", "1") }) //nolint:staticcheck // that is the test
+	require.Panics(t, func() { _, _ = Register(noContext, client, "a", "1") })
 	require.Panics(t, func() { _, _ = Register(ctx, nil, "a", "1") })
 }
 
