@@ -4,33 +4,59 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 const (
-	// crowdWatchers is how many watchers one client has, each of one of few keys.
-	crowdWatchers = 100
+	crowdPrefix = observedPrefix + "crowd/"
+	// crowdWatchers is how many watchers one client has, each of one of few keys. A run that is shorter
+	// than a minute has fewer.
+	crowdWatchers = 3000
 	crowdKeys     = 250
-	// stuckWatchers of them are read by nobody until the faults have stopped.
-	stuckWatchers = 20
 	// crowdPace is how long a watcher of the crowd lasts before the next one goes on behind it.
 	crowdPace = 40 * time.Second
+	// largeKey gets large values, which watchers with slow readers cannot all hold.
+	largeKey   = crowdPrefix + "large"
+	largeValue = 64 << 10
+	// slowReaders is how many readers of largeKey read nothing until the faults have stopped; as many
+	// others never read.
+	slowReaders = 3
 )
 
-func crowdKey(i int) string { return observedPrefix + "crowd/" + strconv.Itoa(i%crowdKeys) }
+func crowdKey(i int) string { return crowdPrefix + strconv.Itoa(i%crowdKeys) }
 
-// startCrowd has one client watch with very many watchers, and changes what they watch.
+// startCrowd has one client watch with very many watchers, and changes what they watch. Readers that
+// are stuck must hold up no other.
 func (t *torture) startCrowd(h *host) {
-	for i := range crowdWatchers {
-		o := &observer{host: h.id, key: crowdKey(i), reading: reading{crowdPace, i < stuckWatchers}}
-		o.reached.name = fmt.Sprintf("watcher %d of the crowd, of %s", i, o.key)
-		t.observers = append(t.observers, o)
-		t.followers = append(t.followers, &o.reached)
-		t.work(h, "", false, func(w *worker) { w.observe(o) })
+	for i := range min(crowdWatchers, int(crowdWatchers*t.length/time.Minute)) {
+		t.joinCrowd(h, crowdKey(i), reading{upTo: crowdPace})
+	}
+	for range slowReaders {
+		t.joinCrowd(h, largeKey, reading{upTo: crowdPace, stuck: untilSettling})
+		t.joinCrowd(h, largeKey, reading{upTo: crowdPace, stuck: untilTheEnd})
 	}
 	t.work(h, "", false, (*worker).changeCrowd)
+	t.work(h, "", false, (*worker).changeLarge)
+}
+
+func (t *torture) joinCrowd(h *host, key string, how reading) {
+	o := &observer{host: h.id, key: key, reading: how}
+	o.reached.name = fmt.Sprintf("watcher %d of the crowd, of %s", len(t.observers), key)
+	t.observers = append(t.observers, o)
+	if how.stuck != untilTheEnd {
+		t.followers = append(t.followers, &o.reached)
+	}
+	t.work(h, "", false, func(w *worker) { w.observe(o) })
+}
+
+func (w *worker) changeLarge() {
+	ctx, cancel := context.WithTimeout(w.ctx, 2*time.Second)
+	defer cancel()
+	_, _ = w.admin.Put(ctx, largeKey, strconv.Quote(w.uniqueValue()+strings.Repeat(".", largeValue)))
+	sleep(w.ctx, 200*time.Millisecond)
 }
 
 // changeCrowd changes a key, or many in one transaction.

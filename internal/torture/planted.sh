@@ -16,7 +16,8 @@ trap 'rm -rf "$work"' EXIT
 # The breakages: what is changed, in which file, and which violation is to be seen.
 names=(late-expiry unfenced-commit release-on-parent-end unguarded-try no-create-revision resume-at-last
 	two-leaders waiter-as-holder torn-read not-registered-again
-	repetition-not-counted ghost-key final-refusal logger-in-the-way)
+	repetition-not-counted ghost-key final-refusal logger-in-the-way
+	stale-progress late-move waits-for-reader deaf-to-silence)
 
 plant() { # NAME: breaks the library in the current directory, and sets $expected
 	case $1 in
@@ -79,6 +80,24 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 	logger-in-the-way) # logs where others wait
 		expected='lease: one of a calm host|release: .* Close took'
 		replace observe.go 'func (r *reporter) submit(report func()) {' 'func (r *reporter) submit(report func()) { runRecovered(report); return'
+		;;
+	stale-progress) # takes progress that etcd reported before the watch was created for the watch's own
+		expected='watch: .* (instead of|are missing)'
+		replace watch_stream.go 'fresh := rev > r.createdAt || r.stale == 0' 'fresh := true'
+		;;
+	late-move) # goes on one revision late on the stream for watches that are up to date
+		expected='watch: .* (instead of|are missing)'
+		replace watch_stream.go 'StartRevision: r.sub.next,' \
+			'StartRevision: r.sub.next + map[bool]Revision{true: 1}[r.sub.moving == r],'
+		;;
+	waits-for-reader) # holds up a shared stream for a reader that is stuck
+		expected='liveness: .* of the crowd'
+		replace watch_stream.go $'case s.kind == ownStream:\n\t\treturn true' $'case true:\n\t\treturn true'
+		replace watch_stream.go 'time.NewTimer(slowReaderGrace)' 'time.NewTimer(time.Hour)'
+		;;
+	deaf-to-silence) # stays on a stream whose member does not answer
+		expected='black hole: .* the holder was not told|liveness: '
+		replace watch_stream.go 'case len(s.creating) > 0 && quiet >=' 'case false && quiet >='
 		;;
 	*) fail "$1: no such breakage" ;;
 	esac

@@ -177,8 +177,17 @@ func (w *worker) segmentOf(o *observer) *segment {
 // reading is how a watcher is read.
 type reading struct {
 	upTo  time.Duration // before the next watcher goes on behind it
-	stuck bool          // not at all, until the faults have stopped
+	stuck stuckness
 }
+
+// stuckness is for how long nothing is read from a watcher.
+type stuckness int
+
+const (
+	notStuck stuckness = iota
+	untilSettling
+	untilTheEnd
+)
 
 var usual = reading{upTo: 8 * time.Second}
 
@@ -187,7 +196,11 @@ func readFrom[T any](w *worker, watcher *etcdutil.Watcher[T], how reading, reach
 	until := time.Now().Add(500*time.Millisecond + w.upTo(how.upTo))
 	tick := time.NewTicker(how.upTo / 40)
 	defer tick.Stop()
-	for how.stuck && !w.settling.Load() && w.ctx.Err() == nil {
+	if how.stuck == untilTheEnd {
+		<-w.ctx.Done()
+		return
+	}
+	for how.stuck == untilSettling && !w.settling.Load() && w.ctx.Err() == nil {
 		sleep(w.ctx, 100*time.Millisecond)
 	}
 	for w.settling.Load() || time.Now().Before(until) {
