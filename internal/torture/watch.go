@@ -284,12 +284,21 @@ func follow(keys map[string]string, events []etcdutil.Event[string]) {
 
 // checkWatch compares what was received with what the oracle saw.
 func (t *torture) checkWatch(changes []change) {
+	byKey := make(map[string][]change)
+	for _, c := range changes {
+		byKey[c.key] = append(byKey[c.key], c)
+	}
 	for _, o := range t.observers {
+		seen := byKey[o.key]
+		if o.prefix {
+			seen = changes
+		}
+		due := o.of(seen)
 		for _, s := range o.segments {
 			if s == nil {
 				continue
 			}
-			for _, v := range checkSegment(s, o.of(changes)) {
+			for _, v := range checkSegment(s, due) {
 				t.violate("watch: %s on host %d: %s", o.key, o.host, v)
 			}
 		}
