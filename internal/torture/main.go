@@ -32,6 +32,7 @@ func main() {
 	seed := flag.Uint64("seed", 0, "makes the schedule of faults; 0: a fresh one, which is printed")
 	length := flag.Duration("for", time.Minute, "how long there are faults")
 	pictures := flag.String("pictures", os.TempDir(), "where the picture of a history that is not linearizable goes")
+	crowd := flag.Int("crowd", usualCrowd, "how many watchers the client has that has the most")
 	list := flag.Bool("schedule", false, "print the schedule of faults, and do nothing else")
 	flag.Parse()
 	if *seed == 0 {
@@ -44,7 +45,7 @@ func main() {
 		return
 	}
 	fmt.Printf("torture: seed %d, faults for %v\n", *seed, *length)
-	report, err := run(*seed, *length, *pictures)
+	report, err := run(*seed, *length, *pictures, *crowd)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "torture:", err)
 		os.Exit(2)

@@ -31,7 +31,7 @@ func mustHold(t *testing.T, seed uint64) {
 		t.Skip("takes longer than 10 s")
 	}
 	t.Logf("seed %d", seed)
-	r, err := run(seed, testLength, os.TempDir())
+	r, err := run(seed, testLength, os.TempDir(), 50)
 	require.NoError(t, err, "seed %d", seed)
 	t.Log("\n" + r.String())
 	assert.Empty(t, r.violations, "seed %d", seed)

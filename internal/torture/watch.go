@@ -71,6 +71,19 @@ type progress struct {
 	name     string
 	mu       sync.Mutex
 	revision int64
+	doing    string // what the follower does now
+}
+
+func (p *progress) begin(doing string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.doing = doing
+}
+
+func (p *progress) String() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return fmt.Sprintf("%s has come to revision %d (%s)", p.name, p.revision, p.doing)
 }
 
 func (p *progress) set(revision int64) {
@@ -115,8 +128,10 @@ func (w *worker) observe(o *observer) {
 	if o.prefix {
 		opts = append(opts, etcdutil.WithPrefix())
 	}
+	o.reached.begin(fmt.Sprintf("opens a watcher at %d since %v", s.upTo+1, ms(w.now())))
 	watcher, err := etcdutil.Watch[string](w.caller(w.ctx), w.host.client, o.key, opts...)
 	if err == nil {
+		o.reached.begin(fmt.Sprintf("reads a watcher from %d since %v", s.upTo+1, ms(w.now())))
 		readFrom(w, watcher, o.reading, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
 		err = watcher.Close()
 		w.leave(o, s, watcher.Revision())
