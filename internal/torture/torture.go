@@ -243,13 +243,28 @@ func (t *torture) settle(r *report) error {
 		}
 	}
 	for _, w := range t.waiters.since(healed) {
-		t.violate("liveness: %v after the faults had stopped, the client of %s on host %d has not had the lock; last at %v",
-			liveness, w.name, w.host, ms(w.last))
+		t.violate("liveness: %v after the faults had stopped, the client of %s on host %d has not had the lock; last at %v; the queue is %s",
+			liveness, w.name, w.host, ms(w.last), t.queueOf(w.name))
 	}
 	for _, f := range t.followersBehind(target) {
 		t.violate("liveness: %v after the faults had stopped, %v, and etcd was at %d", liveness, f, target)
 	}
 	return nil
+}
+
+// queueOf describes the keys of a lock's contenders, the oldest first.
+func (t *torture) queueOf(name string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	resp, err := t.admin.Get(ctx, name+"/", clientv3.WithPrefix(), clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+	if err != nil {
+		return err.Error()
+	}
+	var queue []string
+	for _, kv := range resp.Kvs {
+		queue = append(queue, fmt.Sprintf("%s created at %d, version %d", kv.Key, kv.CreateRevision, kv.Version))
+	}
+	return fmt.Sprintf("%q, at revision %d", queue, resp.Header.Revision)
 }
 
 // ran is for how long this process has got to run since then. A process that is stalled is slow
