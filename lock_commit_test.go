@@ -515,7 +515,8 @@ func TestCommitIsNotDeniedWhereClientv3HasRepeatedIt(t *testing.T) {
 func TestCommitThatWasOnlyRefusedIsNotUnknown(t *testing.T) {
 	t.Parallel()
 	client, direct := testCluster.Client(t), testCluster.Client(t)
-	lock, err := Acquire(t.Context(), client, nameOf(t))
+	lock, err := Acquire(t.Context(), client, nameOf(t),
+		WithRetryPolicy(RetryPolicy{AttemptTimeout: patience})) // a slow answer is no lost one
 	require.NoError(t, err)
 	mustDelete(t, direct, lock.Key())
 	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", ""))

@@ -198,14 +198,14 @@ func TestLockWhoseParentIsItsLeaseIsLostWithIt(t *testing.T) {
 		ErrLeaseExpired: func(*Lease) {}, // it is never renewed
 		ErrLeaseRevoked: func(l *Lease) { _, _ = client.Revoke(t.Context(), l.ID()) },
 	} {
-		lease := mustLease(t, client, 2*time.Second, WithMaxKeepAlives(0))
+		lease := mustLease(t, client, 5*time.Second, WithMaxKeepAlives(0))
 		lock, err := Acquire(lease, client, nameOf(t)+want.Error(), WithLease(lease))
 		require.NoError(t, err)
 		writer, err := NewLogWriter[string](t.Context(), lock, nameOf(t)+"/log")
 		require.NoError(t, err)
 		end(lease)
 		for _, ctx := range []context.Context{lock, writer} {
-			within(t, 5*time.Second, ctx.Done(), "it ends")
+			within(t, 15*time.Second, ctx.Done(), "it ends")
 			require.ErrorIs(t, context.Cause(ctx), ErrLockLost)
 			if want != ErrLeaseRevoked { // the key's deletion is reported at once, and not why
 				require.ErrorIs(t, context.Cause(ctx), want)
