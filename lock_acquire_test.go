@@ -204,8 +204,8 @@ func TestAcquireThatFailsLeavesNoKeyAndNoLease(t *testing.T) {
 	require.NoError(t, holder.Close())
 }
 
-// This fault leaves a ghost in the queue of concurrency.Mutex: the key is written, but the answer is
-// lost.
+// This fault leaves a ghost in the queue of concurrency.Mutex: the key is written, but the answer
+// is lost.
 func TestAcquireAfterALostReply(t *testing.T) {
 	for name, shared := range map[string]bool{"own lease": false, "shared lease": true} {
 		t.Run("then healed: acquired once, "+name, func(t *testing.T) {

@@ -12,8 +12,8 @@ import (
 
 const (
 	crowdPrefix = observedPrefix + "crowd/"
-	// usualCrowd is how many watchers one client has, each of one of few keys. Two cores that also run
-	// everything else are not enough for many more.
+	// usualCrowd is how many watchers one client has, each of one of few keys. Two cores that also
+	// run everything else are not enough for many more.
 	usualCrowd = 300
 	crowdKeys  = 250
 	// crowdPace is how long a watcher of the crowd lasts before the next one goes on behind it.
@@ -21,15 +21,15 @@ const (
 	// largeKey gets large values, which watchers with slow readers cannot all hold.
 	largeKey   = crowdPrefix + "large"
 	largeValue = 64 << 10
-	// slowReaders is how many readers of largeKey read nothing until the faults have stopped; as many
-	// others never read.
+	// slowReaders is how many readers of largeKey read nothing until the faults have stopped; as
+	// many others never read.
 	slowReaders = 3
 )
 
 func crowdKey(i int) string { return crowdPrefix + strconv.Itoa(i%crowdKeys) }
 
-// startCrowd has one client watch with very many watchers, and changes what they watch. Readers that
-// are stuck must hold up no other.
+// startCrowd has one client watch with very many watchers, and changes what they watch. Readers
+// that are stuck must hold up no other.
 func (t *torture) startCrowd(h *host) {
 	for i := range t.crowd {
 		t.joinCrowd(h, crowdKey(i), reading{upTo: crowdPace})
