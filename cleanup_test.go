@@ -5,13 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func TestCleanupsOfAnOutageAreBoundedAndAllDone(t *testing.T) {
@@ -132,4 +137,25 @@ func TestCleanupOfKeysThatNoLockUsesComesWithTheRenewals(t *testing.T) {
 	alive, err := held.Alive(t.Context())
 	require.NoError(t, err)
 	require.True(t, alive)
+}
+
+// The request that grants a lease may be sent twice, and arrive again when the lease was revoked.
+func TestCleanupOfALeaseThatIsGrantedLate(t *testing.T) {
+	t.Parallel()
+	var land func() error
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if strings.HasSuffix(method, "/LeaseGrant") && land == nil {
+			land = func() error {
+				return invoker(context.WithoutCancel(ctx), method, req, new(etcdserverpb.LeaseGrantResponse), cc)
+			}
+			return status.Error(codes.Internal, "away") // which clientv3 does not repeat by itself
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	lease, err := NewLease(t.Context(), client, time.Hour)
+	require.NoError(t, err)
+	require.NoError(t, lease.Close())
+	require.NoError(t, land())
+	require.True(t, knows(t, client, lease.ID()))
+	eventually(t, func() bool { return !knows(t, client, lease.ID()) }, "it is revoked again")
 }

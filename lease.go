@@ -43,6 +43,8 @@ type Lease struct {
 	closing  sync.Once
 	closeErr error
 
+	lateUntil time.Time // until when a request may arrive that grants the lease again
+
 	renewal renewal  // its place in the renewal stream
 	slots   keySlots // the keys that its locks use
 	locks   lockSet  // to be stopped before its own context is canceled
@@ -201,6 +203,9 @@ func newLease(parent, ctx context.Context, ttl time.Duration, c *leaseConfig) (*
 		margin:   margin,
 		max:      or(c.max, unlimited),
 	}
+	if g.late {
+		l.lateUntil = time.Now().Add(lateWindow)
+	}
 	l.renewal.lease = l
 	l.init(parent)
 	l.sweep = &cleanup{
@@ -222,6 +227,7 @@ type grant struct {
 	id    clientv3.LeaseID
 	ttl   time.Duration
 	since time.Time
+	late  bool // an earlier request for it may still arrive, and grant it again once it is revoked
 }
 
 // grantLease chooses the lease's ID itself, so that a repeated request leaves no second lease. It
@@ -230,8 +236,8 @@ func grantLease(ctx context.Context, c *config, seconds int64) (grant, error) {
 	r := grantRequest{config: c, seconds: seconds, remote: clientv3.RetryLeaseClient(c.client)}
 	r.chooseID()
 	g, err := retry(ctx, c, c.retry, "grant lease", r.send)
-	if err != nil && r.inDoubt {
-		revokeInBackground(ctx, c, r.id, r.ttl(), r.repeatFor)
+	if inDoubt, repeatFor := r.doubt(); err != nil && inDoubt {
+		revokeInBackground(ctx, c, r.id, r.ttl(), repeatFor)
 	}
 	return g, err
 }
@@ -242,46 +248,67 @@ type grantRequest struct {
 	remote  etcdserverpb.LeaseClient
 	seconds int64
 
-	id        clientv3.LeaseID
-	since     time.Time     // just before it was first sent with this ID
+	id    clientv3.LeaseID
+	since time.Time // just before it was first sent with this ID
+
+	mu        sync.Mutex    // for gRPC, which calls observe
 	inDoubt   bool          // the server may have granted a lease with this ID
 	repeatFor time.Duration // how long the request may still arrive
 }
 
 func (r *grantRequest) chooseID() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.id, r.since = clientv3.LeaseID(rand.Int64N(math.MaxInt64)+1), time.Now()
 	r.inDoubt, r.repeatFor = false, 0
 }
 
 func (r *grantRequest) ttl() time.Duration { return time.Duration(r.seconds) * time.Second }
 
+// observe notes what a sending leaves open. clientv3 may send a request several times by itself.
+func (r *grantRequest) observe(err error) {
+	if !IsAmbiguous(err) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.inDoubt = true
+	if !errors.Is(rpctypes.Error(err), rpctypes.ErrNoSpace) { // which etcd may have applied, but will not later
+		r.repeatFor = min(r.ttl(), lateWindow)
+	}
+}
+
+// doubt returns whether the server may have granted a lease with this ID, and how long it still may.
+func (r *grantRequest) doubt() (inDoubt bool, repeatFor time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.inDoubt, r.repeatFor
+}
+
 func (r *grantRequest) send(ctx context.Context) (grant, error) {
 	for {
 		sent := time.Now()
-		if !r.inDoubt {
+		if inDoubt, _ := r.doubt(); !inDoubt {
 			r.since = sent
 		}
-		resp, err := r.remote.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{TTL: r.seconds, ID: int64(r.id)}, grpc.WaitForReady(true))
+		resp, err := r.remote.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{TTL: r.seconds, ID: int64(r.id)},
+			grpc.WaitForReady(true), grpc.OnFinish(r.observe))
 		if err == nil {
-			g := grant{r.id, time.Duration(resp.TTL) * time.Second, r.since}
+			_, repeatFor := r.doubt()
+			g := grant{r.id, time.Duration(resp.TTL) * time.Second, r.since, repeatFor > 0}
 			if r.since == sent || time.Since(r.since) < g.ttl/2 {
 				return g, nil
 			}
 			err = rpctypes.ErrLeaseExist // too much of its time has passed since an earlier attempt
 		}
 		err = rpctypes.Error(err)
-		if IsAmbiguous(err) {
-			r.inDoubt = true
-			if !errors.Is(err, rpctypes.ErrNoSpace) { // which etcd may have applied, but will not later
-				r.repeatFor = min(r.ttl(), lateWindow)
-			}
-		}
+		r.observe(err)
 		if !errors.Is(err, rpctypes.ErrLeaseExist) {
 			return grant{}, err
 		}
 		// The lease is ours, from an attempt that was not answered. Begin again, under another ID.
-		if revokeLease(ctx, r.config, r.id) != nil {
-			revokeInBackground(ctx, r.config, r.id, r.ttl(), 0)
+		if _, repeatFor := r.doubt(); revokeLease(ctx, r.config, r.id) != nil || repeatFor > 0 {
+			revokeInBackground(ctx, r.config, r.id, r.ttl(), repeatFor)
 		}
 		r.chooseID()
 	}
@@ -355,6 +382,9 @@ func (l *Lease) release() error {
 		return struct{}{}, revokeLease(ctx, &l.config, l.id)
 	})
 	if err == nil {
+		if l.revokeFor() > 0 {
+			revokeInBackground(l.ctx, &l.config, l.id, l.ttl, l.revokeFor())
+		}
 		return nil
 	}
 	return errorf("%w: lease %x is not confirmed revoked; it will have expired by %s: %w",
@@ -366,8 +396,11 @@ func (l *Lease) discard() {
 	l.shutdown(ErrClosed)
 	l.stopTimers()
 	l.renewal.awaitStream()
-	revokeInBackground(l.ctx, &l.config, l.id, l.ttl, 0)
+	revokeInBackground(l.ctx, &l.config, l.id, l.ttl, l.revokeFor())
 }
+
+// revokeFor returns how long a request may still arrive that grants the lease again.
+func (l *Lease) revokeFor() time.Duration { return max(time.Until(l.lateUntil), 0) }
 
 // serverExpiry returns when a lease that is renewed no longer will have expired on the server, in
 // whole seconds. A new leader grants each lease its TTL anew, and an election timeout.
