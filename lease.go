@@ -278,7 +278,8 @@ func (r *grantRequest) observe(err error) {
 	}
 }
 
-// doubt returns whether the server may have granted a lease with this ID, and how long it still may.
+// doubt returns whether the server may have granted a lease with this ID, and how long it still
+// may.
 func (r *grantRequest) doubt() (inDoubt bool, repeatFor time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
