@@ -163,7 +163,9 @@ type keeper struct {
 
 	running sync.WaitGroup
 	watcher *Watcher[[]byte] // for the goroutine
+	shown   Revision         // of the last change that the watch has shown, for the goroutine
 	changed chan struct{}    // the value is another than was written
+	written chan struct{}    // a write was confirmed
 
 	turn     chan struct{} // held by who writes; guards what follows
 	value    []byte
@@ -174,7 +176,7 @@ type keeper struct {
 
 func (k *keeper) init(owner *lifetime, key string, value []byte, c registerConfig) {
 	k.owner, k.key, k.value, k.config, k.ttl = owner, key, value, c, or(c.ttl, DefaultTTL)
-	k.changed, k.turn = make(chan struct{}, 1), make(chan struct{}, 1)
+	k.changed, k.written, k.turn = make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{}, 1)
 	k.policy = c.retry
 	k.policy.Elapsed, k.policy.Attempts = -1, 0
 	if k.policy.Max == 0 {
@@ -242,10 +244,19 @@ func (k *keeper) end() {
 	}
 }
 
-// waitDisturbed waits until the key may have to be written.
+// waitDisturbed waits until the key may have to be written. A write that the watch does not show soon
+// may be gone: of an etcd that was restored to before the write the watch has nothing to report.
 func (k *keeper) waitDisturbed() {
+	overdue := time.NewTimer(k.policy.Max)
+	defer overdue.Stop()
 	for {
 		select {
+		case <-k.written:
+			overdue.Reset(k.policy.Max)
+		case <-overdue.C:
+			if k.shown != k.revision.Load() {
+				return
+			}
 		case <-k.owner.Done():
 			return
 		case <-k.lease.Load().Done():
@@ -257,7 +268,10 @@ func (k *keeper) waitDisturbed() {
 				k.watchAgain()
 				return
 			}
-			if e.Type != EventSynced && e.Revision != k.revision.Load() {
+			if e.Type == EventSynced {
+				continue
+			}
+			if k.shown = e.Revision; k.shown != k.revision.Load() {
 				return
 			}
 		}
@@ -437,6 +451,7 @@ func (k *keeper) leases() []*Lease {
 func (k *keeper) confirm(rev Revision, value []byte) {
 	k.value, k.former = value, nil
 	k.revision.Store(rev)
+	wake(k.written)
 }
 
 // liveLease returns the lease, a new one if it was lost. It makes one attempt.
