@@ -130,6 +130,7 @@ func TestRegisterIsBackAfterTenTTLs(t *testing.T) {
 
 func TestRegisterIsBackAfterARestore(t *testing.T) {
 	t.Parallel()
+	var predecessor *Registration[string]
 	for name, test := range map[string]struct {
 		before, after func(t *testing.T, c *etcdtest.Cluster, key string) *Registration[string]
 	}{
@@ -147,12 +148,16 @@ func TestRegisterIsBackAfterARestore(t *testing.T) {
 		},
 		"to its predecessor": {
 			func(t *testing.T, c *etcdtest.Cluster, key string) *Registration[string] {
-				mustRegister(t, c.Client(t), key, "0")
+				predecessor = mustRegister(t, c.Client(t), key, "0")
 				return nil
 			},
 			func(t *testing.T, c *etcdtest.Cluster, key string) *Registration[string] {
-				mustRegister(t, c.Client(t), key, "another one between")
-				return mustRegister(t, c.Client(t), key, "1")
+				between := mustRegister(t, c.Client(t), key, "another one between")
+				r := mustRegister(t, c.Client(t), key, "1")
+				for _, old := range []*Registration[string]{predecessor, between} {
+					within(t, patience, old.Done(), "it is told that it was replaced")
+				}
+				return r
 			},
 		},
 		"to its own earlier lease": {
