@@ -17,8 +17,8 @@ func TestFailoverEndsTheHoldersContextBeforeTheNextOneTakesOver(t *testing.T) {
 	for _, line := range []string{
 		`holds the lock, token \d+`,
 		`is cut off from etcd`,
-		`stops, \d+\.\d+ s later: etcdutil: lock lost: .*: etcdutil: lease expired`,
-		`gets from Commit: .*: etcdutil: lock lost`,
+		`stops, \d+\.\d+ s later: etcdutil: lock lost: .*: lease expired`,
+		`gets from Commit: .*: lock lost`,
 		`compares IsOwner: written=false`,
 		`the context ended \d+\.\d+ s before the next one took over`,
 		`all held`,

@@ -18,8 +18,8 @@ func TestLogStopsWritersWhoseLockIsTakenAway(t *testing.T) {
 	require.NoError(t, err)
 	for _, line := range []string{
 		`(anna|bert|cleo) +stops: etcdutil: lock lost`,
-		`gets from its late Write: .*: etcdutil: lock lost`,
-		`gets from Write: .*: etcdutil: log written by another`,
+		`gets from its late Write: .*: lock lost`,
+		`gets from Write: .*: log written by another`,
 		`reader    has read version 10: by hand, by operator`,
 		`13 entries written, and read once each, in order and without a gap: all held`,
 	} {

@@ -16,11 +16,11 @@ const (
 	// holedTTL is longer than what is measured: the lease's end does not notify the holder.
 	holedTTL = 20 * time.Second
 	// acquiredWithin bounds an Acquire of a free lock though one of three members is a black hole,
-	// with a second for a busy machine.
-	acquiredWithin = 2500*time.Millisecond + time.Second
+	// with time for a busy machine: 2.5 s is asserted by a test that has the machine to itself.
+	acquiredWithin = 2500*time.Millisecond + 4*time.Second
 	// holedToldWithin bounds how late the holder is notified that its key was deleted though the
 	// member that it heard from is a black hole, with time for a busy machine.
-	holedToldWithin = 5*time.Second + 1500*time.Millisecond
+	holedToldWithin = 5*time.Second + 5*time.Second
 )
 
 // startHoled has the client hold a lock when its host loses a member, and acquire locks meanwhile.
