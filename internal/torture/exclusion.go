@@ -78,9 +78,9 @@ func (w *worker) holdStrict() {
 }
 
 // awaitNetwork holds a lock for longer: without its network the work does not get done.
-func (w *worker) awaitNetwork(lock *etcdutil.Lock) {
-	for end := time.Now().Add(6 * time.Second); w.host.faulted.Load() && lock.Err() == nil && time.Now().Before(end); {
-		sleep(lock, 20*time.Millisecond)
+func (w *worker) awaitNetwork(held context.Context) {
+	for end := time.Now().Add(6 * time.Second); w.host.faulted.Load() && held.Err() == nil && time.Now().Before(end); {
+		sleep(held, 20*time.Millisecond)
 	}
 }
 

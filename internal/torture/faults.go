@@ -34,7 +34,7 @@ func (t *torture) carryOut(f fault) (done bool, err error) {
 	switch f.Kind {
 	case killLeader, stopMember, stopTwo, isolateLeader, isolateMember:
 		return true, t.faultMembers(f)
-	case cutHolder, holdBack, cutLink, dropReplies, delayLink, resetLink:
+	case cutHolder, cutLeader, holdBack, cutLink, dropReplies, delayLink, resetLink:
 		return t.faultLinks(f), nil
 	case cancelUnsent, cancelApplied, cancelLate:
 		return t.faultAnswers(f), nil
@@ -113,7 +113,7 @@ func (t *torture) faultLinks(f fault) bool {
 	}
 	for _, l := range h.to(f.Member) {
 		switch f.Kind {
-		case cutHolder, cutLink:
+		case cutHolder, cutLeader, cutLink:
 			l.Cut()
 		case dropReplies:
 			l.DropReplies()
@@ -135,6 +135,7 @@ const harmless = 100 * time.Millisecond
 // something.
 var aims = map[kind]string{
 	cutHolder:     strictName,
+	cutLeader:     leaderName,
 	cutLink:       strictName,
 	delayLink:     strictName,
 	holdBack:      quickSet.Name,

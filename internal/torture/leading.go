@@ -62,6 +62,7 @@ func (w *worker) lead(ctx context.Context) error {
 		w.countAsLeader(lock)
 		w.hold(ctx, w.upTo(100*time.Millisecond))
 	}
+	w.awaitNetwork(ctx)
 	if w.chance(20) {
 		return errResigned
 	}

@@ -18,6 +18,7 @@ const (
 	isolateLeader kind = "isolate leader"
 	isolateMember kind = "isolate member"
 	cutHolder     kind = "cut off holder"
+	cutLeader     kind = "cut off leader"
 	cutLink       kind = "cut link"
 	dropReplies   kind = "drop replies"
 	delayLink     kind = "delay link"
@@ -80,7 +81,8 @@ const (
 func plan(seed uint64, length time.Duration) []fault {
 	var all []fault
 	for i, lane := range []lane{planMembers, planLinks, planHolders, planHeldBack, planCalm, planKeys, planPauses, planAnswers,
-		planMetadata, planIsland, planIslandKeys, planLogs, planHole, planRegistered, planCrowd} {
+		planMetadata, planIsland, planIslandKeys, planLogs, planHole, planRegistered, planCrowd,
+		planLeaders} {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))
 		for at := time.Duration(0); at < length; {
 			f, next := lane(r, at)
@@ -143,6 +145,13 @@ func planHolders(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		For:    between(r, 3*time.Second, 4500*time.Millisecond),
 	}
 	return f, f.At + f.For
+}
+
+// planLeaders cuts the leader off, like planHolders.
+func planLeaders(r *rand.Rand, after time.Duration) (fault, time.Duration) {
+	f, next := planHolders(r, after)
+	f.Kind = cutLeader
+	return f, next
 }
 
 // planHeldBack delays what a holder writes for longer than its lease lives.

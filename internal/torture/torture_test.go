@@ -57,7 +57,7 @@ func TestEveryKindOfFaultIsPlannedAndHealed(t *testing.T) {
 			assert.LessOrEqual(t, f.At+f.For, time.Minute)
 		}
 	}
-	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutHolder, holdBack, cutLink, dropReplies, delayLink,
+	for _, k := range []kind{killLeader, stopMember, stopTwo, isolateLeader, isolateMember, cutHolder, cutLeader, holdBack, cutLink, dropReplies, delayLink,
 		resetLink, deleteKey, revokeLease, compact, pauseHolders, lateHolders, cancelUnsent, cancelApplied, cancelLate, addMetadata,
 		blockLogs, panicLogs, blackHole, restoreIsland, denyIsland, takeIsland, deleteRegistered, cutCrowd, resetCrowd} {
 		assert.NotZero(t, kinds[k], k)
