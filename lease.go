@@ -382,10 +382,10 @@ func (l *Lease) release() error {
 	_, err := retry(context.WithoutCancel(l.ctx), &l.config, policy, "revoke lease "+hexID(l.id), func(ctx context.Context) (struct{}, error) {
 		return struct{}{}, revokeLease(ctx, &l.config, l.id)
 	})
+	if err != nil || l.revokeFor() > 0 {
+		revokeInBackground(l.ctx, &l.config, l.id, l.ttl, l.revokeFor())
+	}
 	if err == nil {
-		if l.revokeFor() > 0 {
-			revokeInBackground(l.ctx, &l.config, l.id, l.ttl, l.revokeFor())
-		}
 		return nil
 	}
 	return errorf("%w: lease %x is not confirmed revoked; it will have expired by %s: %w",

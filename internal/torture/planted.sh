@@ -120,7 +120,7 @@ see() { # NAME
 	plant "$1"
 	go build -o torture ./internal/torture || fail "$1: does not compile"
 	begin=$SECONDS
-	timeout 100 ./torture -seed "$seed" -for "$length" -pictures "$work" >report 2>&1 || status=$?
+	timeout 130 ./torture -seed "$seed" -for "$length" -pictures "$work" >report 2>&1 || status=$?
 	[[ $status == 1 ]] || { cat report >&2 && fail "$1: not seen (exit status $status)"; }
 	grep -Eq "VIOLATION ($expected)" report || { cat report >&2 && fail "$1: seen as something else"; }
 	printf '%-24s seen after %d s: %s\n' "$1" $((SECONDS - begin)) "$(grep -E "VIOLATION ($expected)" report | head -n 1 | cut -c 1-160)"

@@ -212,7 +212,7 @@ func (t *torture) startWorkloads() {
 
 // liveness is how long after the faults everybody may take to be served. It counts the time in
 // which this process got to run.
-const liveness = 15 * time.Second
+const liveness = 45 * time.Second
 
 const (
 	slowness = 3               // how often stalls count
