@@ -476,8 +476,8 @@ func TestLeaseCloseReleasesAllItsLocksInOneRequest(t *testing.T) {
 	require.NotContains(t, lines.String(), "lost")
 }
 
-// isWrite reports whether a request writes a key. Reads, for example of a lock's own key, come at any
-// time.
+// isWrite reports whether a request writes a key. Reads, for example of a lock's own key, come at
+// any time.
 func isWrite(req any) bool {
 	switch req := req.(type) {
 	case *etcdserverpb.PutRequest, *etcdserverpb.DeleteRangeRequest:

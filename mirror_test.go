@@ -59,8 +59,8 @@ func requireMirrorsWithin(t testing.TB, d time.Duration, client *clientv3.Client
 	requireWithin(t, d, func() bool { return maps.Equal(want, state(maps.Collect(m.All()))) }, "the mirror is right")
 }
 
-// requireWithin requires that a condition, which must not use t, becomes true in time. Time that this
-// process did not get is not counted.
+// requireWithin requires that a condition, which must not use t, becomes true in time. Time that
+// this process did not get is not counted.
 func requireWithin(t testing.TB, d time.Duration, cond func() bool, what string) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())

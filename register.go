@@ -244,8 +244,9 @@ func (k *keeper) end() {
 	}
 }
 
-// waitDisturbed waits until the key may have to be written. A write that the watch does not show soon
-// may be gone: of an etcd that was restored to before the write the watch has nothing to report.
+// waitDisturbed waits until the key may have to be written. A write that the watch does not show
+// soon may be gone: of an etcd that was restored to before the write the watch has nothing to
+// report.
 func (k *keeper) waitDisturbed() {
 	overdue := time.NewTimer(k.policy.Max)
 	defer overdue.Stop()
