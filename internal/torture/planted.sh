@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 names=(late-expiry unfenced-commit release-on-parent-end unguarded-try no-create-revision resume-at-last
 	two-leaders waiter-as-holder torn-read not-registered-again
 	repetition-not-counted ghost-key final-refusal logger-in-the-way
-	stale-progress late-move waits-for-reader deaf-to-silence)
+	stale-progress late-move id-used-twice waits-for-reader deaf-to-silence)
 
 plant() { # NAME: breaks the library in the current directory, and sets $expected
 	case $1 in
@@ -89,6 +89,10 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		expected='watch: .* (instead of|are missing)'
 		replace watch_stream.go 'StartRevision: r.sub.next,' \
 			'StartRevision: r.sub.next + map[bool]Revision{true: 1}[r.sub.moving == r],'
+		;;
+	id-used-twice) # gives a watch the ID of another one on its stream
+		expected='liveness: .* of the crowd'
+		replace watch_stream.go $'s.lastID++\n' $'s.lastID = s.lastID%100 + 1\n'
 		;;
 	waits-for-reader) # holds up a shared stream for a reader that is stuck
 		expected='liveness: .* of the crowd'
