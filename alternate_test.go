@@ -105,7 +105,7 @@ func (p *turnTaker) harm() {
 
 func TestProcessesThatTakeTurnsAtALogWriteOneSequence(t *testing.T) {
 	t.Parallel()
-	duration := 60 * time.Second
+	duration := 40 * time.Second
 	if testing.Short() {
 		duration = 10 * time.Second
 	}

@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 	}
 	// The tests that run in parallel wait for leases to expire, not for a processor.
 	flag.Parse()
-	parallel := "24"
+	parallel := "40"
 	if underRace {
 		parallel = "12"
 	}

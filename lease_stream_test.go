@@ -219,6 +219,7 @@ func TestRenewalStreamOpensWhenTheFirstRenewalIsDue(t *testing.T) {
 }
 
 func TestRenewalOutlivesAnEtcdThatRefusesConnectionsForMostOfItsTime(t *testing.T) {
+	t.Parallel()
 	for _, ttl := range []time.Duration{2 * time.Second, 8 * time.Second} {
 		t.Run(ttl.String(), func(t *testing.T) {
 			t.Parallel()
@@ -362,6 +363,7 @@ func (l *Lease) isDenied() bool {
 }
 
 func TestRenewalHasTimeForASecondAttemptWhateverTheMargin(t *testing.T) {
+	t.Parallel()
 	const ttl = 8 * time.Second
 	for _, margin := range []time.Duration{ttl / 10, ttl * 42 / 100, ttl / 2, ttl * 7 / 10} {
 		t.Run(fmt.Sprint(margin), func(t *testing.T) {
@@ -381,6 +383,7 @@ func TestRenewalHasTimeForASecondAttemptWhateverTheMargin(t *testing.T) {
 }
 
 func TestRenewalFailureIsInTheCauseOfTheExpiry(t *testing.T) {
+	t.Parallel()
 	t.Run("refused connections", func(t *testing.T) {
 		t.Parallel()
 		door := openDoor(t, testCluster.Endpoints()[0])

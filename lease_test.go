@@ -66,6 +66,7 @@ func TestServerMayGrantMoreThanAsked(t *testing.T) {
 }
 
 func TestEachEndOfALeaseHasItsOwnCause(t *testing.T) {
+	t.Parallel()
 	client := testCluster.Client(t)
 	parentEnded := errors.New("parent's own cause")
 	all := []error{ErrClosed, ErrLeaseExpired, ErrLeaseRevoked, ErrLockLost, parentEnded}
@@ -194,6 +195,7 @@ func TestGrantThatIsGivenUpIsRevokedBehindTheCaller(t *testing.T) {
 // A lease's context must end before the server can give its keys away, whenever in the cycle of
 // renewals the fault comes.
 func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
+	t.Parallel()
 	direct := testCluster.Client(t)
 	const phases = 8
 	for _, ttl := range []time.Duration{2 * time.Second, 3 * time.Second, 5 * time.Second} {
@@ -253,6 +255,7 @@ func TestHolderCutOffRightAfterTheGrantIsToldWithinItsTTLOfTheCall(t *testing.T)
 }
 
 func TestFaultsShorterThanTheTTLEndNothing(t *testing.T) {
+	t.Parallel()
 	// From the last renewal until the context ends there are TTL - margin = 5.4 s; a fault of 3 s
 	// leaves time to spare even if it begins just before a renewal: 1.4 s, for a machine that is
 	// slow.

@@ -95,6 +95,7 @@ func TestLostLockWhoseKeyIsWrittenLateLeavesNoGhost(t *testing.T) {
 }
 
 func TestCloseThatCouldNotBeConfirmedHappensLater(t *testing.T) {
+	t.Parallel()
 	client, link, opts := linkedLocker(t, true)
 	direct := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t), opts...)

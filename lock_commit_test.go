@@ -179,6 +179,7 @@ func TestCommitUnderALockThatIsNotHeldWritesNothing(t *testing.T) {
 }
 
 func TestCommitOfAStaleHolderIsRefused(t *testing.T) {
+	t.Parallel()
 	direct := testCluster.Client(t)
 	client, link := linkedClient(t)
 	stale := mustAcquire(t, client, nameOf(t), WithTTL(2*time.Second))

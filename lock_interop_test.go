@@ -114,6 +114,7 @@ func TestLockServiceOfTheServerSharesTheQueue(t *testing.T) {
 }
 
 func TestEtcdctlWaitsForOursAndOursForEtcdctl(t *testing.T) {
+	t.Parallel()
 	etcdctl := installedEtcdctl(t)
 	client := testCluster.Client(t)
 	lockFor := func(script string) *exec.Cmd {

@@ -94,6 +94,7 @@ func TestErrorsAreClassifiedByWhatEtcdMeansByThem(t *testing.T) {
 
 // What the table is made of must be what a real etcd and a real client return.
 func TestRealErrorsAreClassified(t *testing.T) {
+	t.Parallel()
 	client := testCluster.Client(t)
 	ctx := t.Context()
 	_, tooLarge := client.Put(ctx, nameOf(t), strings.Repeat("x", 1700<<10))
@@ -312,6 +313,7 @@ func TestRetryGivesAttemptsOneSecondAndMoreAfterEachThatTimedOut(t *testing.T) {
 }
 
 func TestRetryAcceptsTheLongestDelays(t *testing.T) {
+	t.Parallel()
 	for _, p := range []RetryPolicy{
 		{Initial: math.MaxInt64},
 		{Max: math.MaxInt64},
@@ -378,6 +380,7 @@ func TestRetryRequiresALeaderOfEveryRequest(t *testing.T) {
 }
 
 func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
+	t.Parallel()
 	port, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	require.NoError(t, port.Close())
@@ -414,6 +417,7 @@ func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
 }
 
 func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		fault func(t *testing.T, cluster *etcdtest.Cluster, link *etcdtest.Link)
 		bound time.Duration // of Acquire and of Commit
