@@ -98,7 +98,8 @@ func (p *turnTaker) harm() {
 		default:
 			p.link.Cut()
 		}
-		sleep(p.over, rand.N(time.Duration(rand.N(2)+1)*1500*time.Millisecond)) // which the lock may survive, or not
+		// The lock may survive this, or not.
+		sleep(p.over, rand.N(time.Duration(rand.N(2)+1)*1500*time.Millisecond))
 		p.link.Heal()
 	}
 }

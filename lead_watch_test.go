@@ -204,7 +204,8 @@ func TestWatchHolderOutlivesARestore(t *testing.T) {
 	requireHolder(t, w, lock, "")
 	require.NoError(t, cluster.Restore())
 	e := next(t, w)
-	if e.Type == EventSynced { // of the look that found the lock, since etcd was stopped for the backup
+	// The first look found the lock, since etcd was stopped for the backup.
+	if e.Type == EventSynced {
 		e = next(t, w)
 	}
 	require.Equal(t, EventDelete, e.Type)

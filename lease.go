@@ -273,7 +273,8 @@ func (r *grantRequest) observe(err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.inDoubt = true
-	if !errors.Is(rpctypes.Error(err), rpctypes.ErrNoSpace) { // which etcd may have applied, but will not later
+	// After ErrNoSpace etcd may have applied the grant, but does not do so later.
+	if !errors.Is(rpctypes.Error(err), rpctypes.ErrNoSpace) {
 		r.repeatFor = min(r.ttl(), lateWindow)
 	}
 }

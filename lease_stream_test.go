@@ -59,7 +59,9 @@ func (s countedStream) RecvMsg(m any) error {
 
 func TestRenewalMovesToAnotherMemberWhenItsOwnIsIsolated(t *testing.T) {
 	t.Parallel()
-	const ttl = 12 * time.Second // a third until the next renewal, a third until it is late, and a slow machine has a third less the margin
+	// The next renewal is due after a third, and late after another. A slow machine has the rest, less
+	// the margin.
+	const ttl = 12 * time.Second
 	cluster := etcdtest.Start(t, 3)
 	client := cluster.Client(t)
 	// Some renewals go to each member: whichever is isolated, it is one of theirs.
@@ -329,7 +331,8 @@ func TestRenewalRefusedForAMomentCostsNoLease(t *testing.T) {
 		held[i] = mustLease(t, client, ttl)
 	}
 	refusing.refuses.Store(true)
-	time.Sleep(time.Until(held[0].Expiry().Add(ttl/10 - 2*ttl/3).Add(100 * time.Millisecond))) // all renewals are due
+	// By then all renewals are due.
+	time.Sleep(time.Until(held[0].Expiry().Add(ttl/10 - 2*ttl/3).Add(100 * time.Millisecond)))
 	refusing.refuses.Store(false)
 	back := time.Now()
 	for _, lease := range held {

@@ -208,7 +208,8 @@ func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
 				var before atomic.Bool
 				next := start(func() (*Lock, error) {
 					lock, err := Acquire(context.Background(), direct, nameOf(t), WithTTL(ttl))
-					before.Store(holder.Err() == nil) // at once: this goroutine may be late, but not for the holder's sake
+					// Read this at once: this goroutine may be late, but not because of the holder.
+					before.Store(holder.Err() == nil)
 					return lock, err
 				})
 				waiters(t, direct, nameOf(t), 2)

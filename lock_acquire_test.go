@@ -131,7 +131,8 @@ func TestAcquireTimeoutBoundsOnlyTheWait(t *testing.T) {
 	_, err := Acquire(t.Context(), client, nameOf(t), WithAcquireTimeout(200*time.Millisecond))
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 	require.NoError(t, holder.Close())
-	const wait = 3 * time.Second // which is enough for the requests of one that need not wait, however slow
+	// This is enough for the requests of a lock that need not wait, on a slow machine too.
+	const wait = 3 * time.Second
 	lock := mustAcquire(t, client, nameOf(t), WithAcquireTimeout(wait))
 	time.Sleep(wait + 200*time.Millisecond)
 	require.NoError(t, lock.Err())
@@ -412,7 +413,8 @@ func TestAcquireUnderItsOwnLockIsHeldAtOnce(t *testing.T) {
 	lock := mustAcquire(t, client, nameOf(t))
 	inner, err := Acquire(lock, client, nameOf(t)+"-inner")
 	require.NoError(t, err)
-	require.NoError(t, inner.Do(t.Context(), func(ctx context.Context) error { // whose own context is under neither
+	// t.Context() runs under neither lock.
+	require.NoError(t, inner.Do(t.Context(), func(ctx context.Context) error {
 		requests.Store(0)
 		for _, name := range []string{nameOf(t), nameOf(t) + "-inner"} {
 			_, err := Acquire(ctx, client, name)

@@ -201,7 +201,8 @@ func TestCommitOfAStaleHolderIsRefused(t *testing.T) {
 func TestCommitOfAnOutageEndsWithTheLockAndIsUnknown(t *testing.T) {
 	t.Parallel()
 	client, link := linkedClient(t)
-	lock := mustAcquire(t, client, nameOf(t), WithTTL(5*time.Second)) // enough to begin the Commit in, however slow
+	// The Commit begins within this TTL, on a slow machine too.
+	lock := mustAcquire(t, client, nameOf(t), WithTTL(5*time.Second))
 	link.Cut()
 	_, err := lock.Commit(context.Background(), clientv3.OpPut(nameOf(t)+"-data", "v"))
 	require.ErrorIs(t, err, ErrUnknownOutcome)
@@ -395,7 +396,8 @@ func TestElapsedBoundsAllThatACommitOrWriteDoes(t *testing.T) {
 	link.Cut()
 	for _, call := range []func() error{
 		func() error { _, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t), "")); return err },
-		func() error { _, err := log.Write(t.Context(), ""); return err }, // which has that outcome to find out first
+		// Write finds out the outcome of the last Commit first.
+		func() error { _, err := log.Write(t.Context(), ""); return err },
 	} {
 		took := testclock.Time(func() { err = call() })
 		require.Error(t, err)

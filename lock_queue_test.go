@@ -194,7 +194,8 @@ func TestQueueIgnoresStrayKeysHoweverMany(t *testing.T) {
 }
 
 func TestLeaseUsesFewKeysForTheLocksOfOneName(t *testing.T) {
-	var queued atomic.Pointer[context.CancelFunc] // called after a key was written and its writer has the answer
+	// queued is called after a key was written and its writer has the answer.
+	var queued atomic.Pointer[context.CancelFunc]
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		err := invoker(ctx, method, req, reply, cc, opts...)
 		if f := queued.Load(); f != nil && err == nil && strings.HasSuffix(method, "/Txn") {
@@ -287,7 +288,8 @@ func TestWaiterKeepsItsPlaceThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	})
 	eventually(t, func() bool { return streams.open.Load() > 0 }, "the write of its key is answered, and it waits")
 	link.Cut()
-	sleep(t.Context(), 2*idleTimeout+attempt+time.Second) // in which it looks again, and a read times out
+	// Meanwhile the waiter looks again, and a read times out.
+	sleep(t.Context(), 2*idleTimeout+attempt+time.Second)
 	link.Heal()
 	require.NoError(t, holder.Close())
 	within(t, patience, waiter.done, "its turn comes")

@@ -258,7 +258,8 @@ func TestWriteUnderALostLockWritesNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			client, link := linkedClient(t)
-			lock := mustAcquire(t, client, nameOf(t), WithTTL(6*time.Second)) // not to be lost before its time, however slow the machine
+			// The lock is not lost before its time, on a slow machine too.
+			lock := mustAcquire(t, client, nameOf(t), WithTTL(6*time.Second))
 			w := mustWriter[string](t, lock, nameOf(t))
 			mustWrite(t, w, 1, "a")
 			lose(t, lock, link)
@@ -925,7 +926,8 @@ func gap(t *testing.T, link *etcdtest.Link, w *LogWriter[string], client *client
 	next := w.last.version + 1
 	mustWrite(t, w, next, "missed", "missed", "latest")
 	mustCompact(t, client, w.last.revision)
-	link.Reset() // a slow server may not have sent it yet: then nothing was lost, and the connection would be spared
+	// The server may not have sent it yet. Then nothing was lost, and Heal spares the connection.
+	link.Reset()
 	link.Heal()
 }
 

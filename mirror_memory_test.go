@@ -55,7 +55,8 @@ func measureMirror() error {
 	cost.Paged = time.Since(began)
 	cost.MapHeap = measure().Heap - before
 	keys := slices.Collect(maps.Keys(byHand))
-	for i, key := range keys { // the map's own keys are found faster, because they are the same in memory
+	// The map finds its own keys faster, because they are the same in memory.
+	for i, key := range keys {
 		keys[i] = strings.Clone(key)
 	}
 	var mu sync.RWMutex

@@ -420,7 +420,8 @@ func TestMirrorAsOfIsNeverLaterThanWhatItHas(t *testing.T) {
 	m := mustMirror[string](t, client, prefix, WithPrefix(), WithCodec(Raw))
 	begin := time.Now()
 	eventually(t, func() bool { return m.AsOf().After(begin) }, "AsOf moves though nothing happens")
-	addEndpoints(client, cluster.Endpoints()[cluster.Leader()]) // which reads may ask, while the watch stays
+	// Reads may ask the leader, while the watch stays.
+	addEndpoints(client, cluster.Endpoints()[cluster.Leader()])
 	require.NoError(t, cluster.Isolate(isolated))
 	mustPut(t, writer, prefix+"a", "1")
 	written := time.Now()

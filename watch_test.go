@@ -277,7 +277,8 @@ func cutOff(t testing.TB, writer *clientv3.Client, link *etcdtest.Link, prefix s
 	mustDelete(t, writer, prefix+"passing")
 	mustPut(t, writer, prefix+"d", "2")
 	mustCompact(t, writer, mustPut(t, writer, prefix+"d", "3"))
-	link.Reset() // a slow server may not have sent it yet: then nothing was lost, and the connection would be spared
+	// The server may not have sent it yet. Then nothing was lost, and Heal spares the connection.
+	link.Reset()
 	link.Heal()
 }
 
@@ -822,7 +823,8 @@ func TestWatchWithoutPermissionFailsAtOnce(t *testing.T) {
 			}
 			return invoker(ctx, method, req, reply, cc, opts...)
 		})}, cluster.Endpoints()...)
-	for _, key := range []string{"forbidden", "allowed", "allowed/key"} { // with the prefix "allowed", more than is allowed
+	// The prefix "allowed" covers more keys than are allowed.
+	for _, key := range []string{"forbidden", "allowed", "allowed/key"} {
 		for _, opts := range [][]WatchOption{{WithPrefix()}, {WithPrefix(), WithSnapshot()}, {WithPrefix(), WithRevision(1)}} {
 			reads.Store(0)
 			w, err := Watch[string](context.Background(), client, key, opts...)
@@ -853,7 +855,8 @@ func TestWatchEndsWhenItsPermissionWasRevoked(t *testing.T) {
 	_, err := root.RoleRevokePermission(context.Background(), "user", "allowed/", "allowed0")
 	require.NoError(t, err)
 	mustPut(t, root, "allowed/a", "secret")
-	link.Reset() // or a connection on which nothing was sent while it was cut would be spared, and the watch with it
+	// Without Reset, Heal would spare a connection on which nothing was sent while it was cut.
+	link.Reset()
 	link.Heal()
 	for _, w := range []*Watcher[string]{plain, follower} {
 		events, cause := ends(t, w)
@@ -871,7 +874,8 @@ func TestWatchOutlivesItsTokens(t *testing.T) {
 	w := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
 	follower := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix(), WithSnapshot())
 	_, _ = untilSynced(t, follower)
-	resets, stop := resetEvery(t, link, 2500*time.Millisecond) // by then nobody has used a token for longer than it lives
+	// By then nobody has used a token for longer than it lives.
+	resets, stop := resetEvery(t, link, 2500*time.Millisecond)
 	var wrote []toldEvent
 	put := func(key string) {
 		wrote = append(wrote, toldEvent{EventPut, key, "", mustPut(t, root, key, "")})
@@ -901,7 +905,8 @@ func TestWatchStandsBesideOneWhoseTokenHasExpired(t *testing.T) {
 	first := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
 	rev := mustPut(t, root, "allowed/a", "")
 	require.Equal(t, rev, next(t, first).Revision)
-	time.Sleep(3 * time.Second) // a token lives for a second after its last use; etcd looks once a second
+	// A token lives for a second after its last use, and etcd checks once a second.
+	time.Sleep(3 * time.Second)
 	second := mustWatch[string](t, client, "allowed/", WithCodec(Raw), WithPrefix())
 	rev = mustPut(t, root, "allowed/a", "")
 	require.Equal(t, rev, next(t, first).Revision)
@@ -1500,7 +1505,8 @@ func TestWatchOutlivesAnOutageThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	t.Parallel()
 	d := openDoor(t, testCluster.Endpoints()[0])
 	w := mustWatch[string](t, newClient(t, d.addr), nameOf(t), WithCodec(Raw),
-		WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: 2 * time.Second})) // enough for the first one, however slow
+		// The first attempt succeeds within this timeout, on a slow machine too.
+		WithRetryPolicy(RetryPolicy{DefiniteOnly: true, AttemptTimeout: 2 * time.Second}))
 	d.shut()
 	sleep(t.Context(), 6*time.Second) // in which attempts time out
 	rev := mustPut(t, testCluster.Client(t), nameOf(t), "")

@@ -25,7 +25,8 @@ type authority struct {
 	dir         string
 	certificate *x509.Certificate
 	key         *ecdsa.PrivateKey
-	memberKey   *ecdsa.PrivateKey // of all members; the same throughout, so that it fits each certificate
+	// All members use memberKey. It stays the same, so that it fits each certificate.
+	memberKey *ecdsa.PrivateKey
 }
 
 // newAuthority makes an authority and the first certificate of the members.

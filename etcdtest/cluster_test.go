@@ -116,7 +116,8 @@ func TestAuthTokenExpiresAsConfigured(t *testing.T) {
 	put(t, client, "with a token")
 
 	require.Eventually(t, func() bool {
-		time.Sleep(lifetime + 1500*time.Millisecond) // etcd looks once a second; to ask meanwhile would renew the token
+		// etcd checks tokens once a second. A request meanwhile would renew the token.
+		time.Sleep(lifetime + 1500*time.Millisecond)
 		return errors.Is(tryPut(t, client, "without"), rpctypes.ErrInvalidAuthToken)
 	}, patience, time.Millisecond)
 }
@@ -306,7 +307,8 @@ func TestIsolatingAMajorityLeavesNoLeader(t *testing.T) {
 		require.NoError(t, cluster.Isolate(i))
 	}
 	require.Equal(t, -1, cluster.Leader())
-	require.Error(t, tryPutTo(t, cluster.Client(t), "late", "lost")) // or applied late: etcd may hold it back until there is a leader
+	// The write may be applied late: etcd may hold it back until there is a leader.
+	require.Error(t, tryPutTo(t, cluster.Client(t), "late", "lost"))
 	for i := range 2 {
 		require.NoError(t, cluster.Rejoin(i))
 	}

@@ -341,7 +341,8 @@ func TestClientRecoversAsSoonAsItsLinkHeals(t *testing.T) {
 	require.ErrorIs(t, tryPut(t, client, "lost"), context.DeadlineExceeded)
 	link.Heal()
 	took := testclock.Time(func() {
-		require.Equal(t, "before", get(t, client)) // a read, which clientv3 repeats if its connection breaks under it
+		// This is a read: clientv3 repeats it if its connection breaks.
+		require.Equal(t, "before", get(t, client))
 		put(t, client, "after")
 	})
 	require.Less(t, took, time.Second)

@@ -40,9 +40,10 @@ type node struct {
 	peerAddress   string // where etcd listens to its peers
 	linkAddress   string // where its peers find it; the same as peerAddress if there are none
 
-	mu       sync.Mutex // held for as long as etcd takes to answer
-	member   member     // nil while stopped
-	link     *Link      // through which the peers reach the member; nil while stopped, or if there are none
+	mu     sync.Mutex // held for as long as etcd takes to answer
+	member member     // nil while stopped
+	// link is how the peers reach the member. It is nil while stopped, or if there are no peers.
+	link     *Link
 	isolated bool
 }
 

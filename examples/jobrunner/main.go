@@ -296,5 +296,5 @@ func (r *runner) skipGap(ctx context.Context, err error) error {
 
 func (r *runner) moveTo(version int64, revision etcdutil.Revision) {
 	r.version, r.revision = version, revision
-	_ = os.WriteFile(r.position, fmt.Appendln(nil, version, revision), 0o600) // fails if the name is empty
+	_ = os.WriteFile(r.position, fmt.Appendln(nil, version, revision), 0o600) // fails without a name
 }
