@@ -9,13 +9,16 @@ import (
 // backupName is the directory of the backup, among those of the members.
 const backupName = "backup"
 
-// Backup keeps a copy of all members' data for [Cluster.Restore], in place of an earlier one. The
-// members that run are stopped for it, as by [Cluster.Stop], so that clients lose their
-// connections, and started again on the same ports; it returns when they serve, like
-// [Cluster.Restart]. Stopped members stay so, and isolated ones too. It is an error that the
-// cluster is closed, the data could not be copied, or that etcd does not start: members may then be
-// left stopped. A copy that fails leaves no backup, not even the earlier one. The copy takes some
-// 64 MB of disk for each member, since etcd allocates its log in advance.
+// Backup copies the data of all members for [Cluster.Restore], in place of an earlier backup. It
+// stops the running members meanwhile, as [Cluster.Stop] does, so clients lose their connections.
+// It starts them again on the same ports, and returns when they serve, like [Cluster.Restart].
+// Stopped and isolated members stay so. The copy takes about 64 MB of disk for each member, because
+// etcd allocates its log in advance.
+//
+// Errors:
+//   - An error if the cluster is closed.
+//   - Why the data could not be copied. Then there is no backup, not even the earlier one.
+//   - Why etcd did not start. Members may be left stopped.
 func (c *Cluster) Backup() error {
 	return c.takeTurn(func() error {
 		leader := c.Leader()
@@ -30,13 +33,15 @@ func (c *Cluster) Backup() error {
 	})
 }
 
-// Restore makes the cluster what it was at the last [Cluster.Backup], on the same endpoints, as
-// operators do after a disaster: what was written since is gone, and the revision has gone
-// backwards, behind what clients may have seen. It stops and starts the members as Backup does;
-// members that are stopped get their old data too. It may be repeated. It is an error that there is
-// no backup, the cluster is closed, the data could not be copied, or that etcd does not start:
-// members may then be left stopped, and if the copy failed, without their data until another
-// Restore succeeds.
+// Restore returns the cluster to its last [Cluster.Backup], on the same endpoints, as operators do
+// after a disaster. What was written since is gone. The revision is smaller than clients may have
+// seen. Restore stops and starts the members as Backup does. Stopped members get their old data
+// too. It may be called again.
+//
+// Errors:
+//   - An error if there is no backup, or if the cluster is closed.
+//   - Why the data could not be copied. Members may have no data until another Restore succeeds.
+//   - Why etcd did not start. Members may be left stopped.
 func (c *Cluster) Restore() error {
 	return c.takeTurn(func() error {
 		if c.backup == nil {

@@ -78,9 +78,11 @@ const (
 	pollInterval = 5 * time.Millisecond
 )
 
-// Cluster is a number of etcd members in this process. Its methods are safe for concurrent use:
-// Stop, Restart, Isolate, Rejoin, Backup, Restore and Close take turns, the others do not wait for
-// them. Members are numbered from 0, in the order of [Cluster.Endpoints].
+// Cluster is a number of etcd members in this process. [Start] or [New] makes it; Close ends it.
+// The zero Cluster is not usable. Members are numbered from 0, in the order of [Cluster.Endpoints].
+//
+// All methods are safe for concurrent use. Stop, Restart, Isolate, Rejoin, Backup, Restore and
+// Close take turns. The others do not wait for them.
 type Cluster struct {
 	dir       string
 	nodes     []*node
@@ -93,26 +95,34 @@ type Cluster struct {
 	backup *backup    // guarded by turn; nil if there is none
 }
 
-// New runs a cluster of in-process members on free loopback ports, fsync off, in a temporary
-// directory. It returns when each member serves clients and one leads, or with an error: that
-// members is not positive, or that etcd did not start. The caller closes the cluster.
+// New runs a cluster of in-process members on free loopback ports, without fsync, in a temporary
+// directory. It returns when each member serves clients and one leads. Close the cluster at the
+// end.
+//
+// Errors:
+//   - An error that names the argument if members is not positive.
+//   - Why etcd did not start, or did not serve within 30 s. Then nothing is left running.
 func New(members int) (*Cluster, error) {
 	return NewWith(members, nil)
 }
 
-// NewWith is [New] with settings of etcd: configure, unless nil, is called with a member's
-// configuration before each start of it, also by Restart, Backup and Restore; for one member of the
-// cluster at a time, and with a new configuration each time. That is etcd's default, but without
-// fsync and logs. What makes it a member of this cluster is set afterwards, over whatever configure
-// set: the name, the directories, the initial cluster, the addresses for clients and peers, and
-// ServiceRegister. The addresses are without TLS, for which there is [NewSecure], and configure
-// must not ask for another initial state of the cluster. It may change ticks and elections; the
-// times in this package's documentation are then others.
+// NewWith is [New] with settings of etcd's own. configure gets a member's configuration before each
+// start of the member, also before those of Restart, Backup and Restore. It may be nil. The
+// configuration is a new one each time: etcd's default, without fsync and logs. configure is called
+// for one member of the cluster at a time.
+//
+// NewWith sets afterwards what makes the member one of this cluster: the name, the directories, the
+// initial cluster, the addresses, and ServiceRegister. The addresses are without TLS: use
+// [NewSecure] for that. configure must not ask for another initial state of the cluster. If it
+// changes ticks or elections, the times in this package's documentation change as well.
+//
+// The errors are those of New.
 func NewWith(members int, configure func(*embed.Config)) (*Cluster, error) {
 	return newCluster(members, Security{Configure: configure})
 }
 
-// Start is [New] for a test: it fails tb on an error, and closes the cluster when tb ends.
+// Start is [New] for a test: it fails tb if New returns an error, and closes the cluster when tb
+// ends. A nil tb panics.
 func Start(tb testing.TB, members int) *Cluster {
 	tb.Helper()
 	c, err := New(members)
@@ -182,8 +192,7 @@ func (c *Cluster) startNodes(members int, security Security) error {
 	return c.addUsers()
 }
 
-// Endpoints returns the members' client endpoints, each "127.0.0.1:port". They stay the same for
-// the cluster's life.
+// Endpoints returns the members' client endpoints, each "127.0.0.1:port". They do not change.
 func (c *Cluster) Endpoints() []string {
 	endpoints := make([]string, len(c.nodes))
 	for i, n := range c.nodes {
@@ -192,8 +201,9 @@ func (c *Cluster) Endpoints() []string {
 	return endpoints
 }
 
-// Client returns a new client to all members, closed when tb ends: root's, if the cluster has
-// users. It logs nothing; its DialTimeout is 5 s. It fails tb when clientv3 cannot make one.
+// Client returns a new client to all members, which is closed when tb ends. If the cluster has
+// users, it is root's. It logs nothing, and its DialTimeout is 5 s. Client fails tb if clientv3
+// cannot make the client. A nil tb panics.
 func (c *Cluster) Client(tb testing.TB) *clientv3.Client {
 	tb.Helper()
 	config, err := c.ClientConfig(root)
@@ -208,8 +218,8 @@ func (c *Cluster) Client(tb testing.TB) *clientv3.Client {
 	return client
 }
 
-// Leader returns the index of the member that leads, -1 if none does: the one that a majority of
-// all members, itself among them, follows. Stopped and isolated members neither lead nor follow.
+// Leader returns the index of the member that leads, or -1 if none does. A leader is followed by a
+// majority of all members, itself among them. Stopped and isolated members neither lead nor follow.
 func (c *Cluster) Leader() int {
 	followers := make(map[types.ID]int)
 	self := make(map[types.ID]int)
@@ -280,10 +290,13 @@ func (c *Cluster) quorum() int {
 	return len(c.nodes)/2 + 1
 }
 
-// Stop stops a member as a crash would: clients and peers lose their connections at once and are
-// then refused, and a leader does not hand over. What the member had acknowledged is kept for
-// [Cluster.Restart]. Stopping a stopped member does nothing. It is an error that member is no
-// index, or the cluster closed.
+// Stop stops a member as a crash does. Clients and peers lose their connections at once, and new
+// ones are refused. A leader does not hand over. [Cluster.Restart] finds what the member had
+// acknowledged. Stopping a stopped member does nothing.
+//
+// Errors:
+//   - An error that names the argument if member is no index.
+//   - An error if the cluster is closed.
 func (c *Cluster) Stop(member int) error {
 	return c.change(member, func(n *node) error {
 		n.stop()
@@ -292,9 +305,13 @@ func (c *Cluster) Stop(member int) error {
 }
 
 // Restart starts a stopped member on the same ports and data. It returns when the member serves
-// clients, unless the cluster has no quorum with it, or the member is isolated: then it returns
-// when the member listens. Restarting a running member does nothing. It is an error that member is
-// no index, the cluster closed, or that etcd does not start.
+// clients. If the member is isolated, or the cluster has no quorum even with it, Restart returns
+// when the member listens. Restarting a running member does nothing.
+//
+// Errors:
+//   - An error that names the argument if member is no index.
+//   - An error if the cluster is closed.
+//   - Why etcd did not start, or did not serve within 30 s.
 func (c *Cluster) Restart(member int) error {
 	return c.change(member, func(n *node) error {
 		if n.running() {
@@ -313,10 +330,15 @@ func (c *Cluster) Restart(member int) error {
 	})
 }
 
-// Isolate cuts a member from its peers, at once, and leaves its client port open: a leader stops
-// leading within two election timeouts (2 s), and the other members elect one of theirs if they
-// can. It lasts until [Cluster.Rejoin], and through Stop and Restart. Isolating an isolated member,
-// or the only member, does nothing. It is an error that member is no index, or the cluster closed.
+// Isolate cuts a member from its peers at once, and leaves its client port open. An isolated leader
+// stops leading within two election timeouts (2 s). The other members elect one of theirs if they
+// are a majority. Isolation lasts until [Cluster.Rejoin], through Stop and Restart. Isolating an
+// isolated member, or the only member, does nothing.
+//
+// Errors:
+//   - An error that names the argument if member is no index.
+//   - An error if the cluster is closed.
+//   - An error if the member is a process (ETCDTEST_SERVER) and the system is not Linux.
 func (c *Cluster) Isolate(member int) error {
 	return c.change(member, func(n *node) error {
 		if len(c.nodes) == 1 {
@@ -326,8 +348,12 @@ func (c *Cluster) Isolate(member int) error {
 	})
 }
 
-// Rejoin undoes [Cluster.Isolate]; it does not wait for the member to catch up. Rejoining a member
-// that is not isolated does nothing. It is an error that member is no index, or the cluster closed.
+// Rejoin undoes [Cluster.Isolate]. It does not wait for the member to catch up. Rejoining a member
+// that is not isolated does nothing.
+//
+// Errors:
+//   - An error that names the argument if member is no index.
+//   - An error if the cluster is closed.
 func (c *Cluster) Rejoin(member int) error {
 	return c.change(member, func(n *node) error {
 		n.rejoin()
@@ -335,8 +361,8 @@ func (c *Cluster) Rejoin(member int) error {
 	})
 }
 
-// Close stops all members and removes their data. Closing again does nothing. It is an error that
-// the data could not be removed.
+// Close stops all members and removes their data. It returns an error if the data could not be
+// removed. Closing again does nothing.
 func (c *Cluster) Close() error {
 	c.turn.Lock()
 	defer c.turn.Unlock()

@@ -23,21 +23,18 @@ const (
 	linkQueue = 1024
 )
 
-// Link is a TCP proxy in front of one endpoint, with the faults of a network: black holes, latency,
-// resets. It knows nothing of gRPC or TLS and passes both on unchanged. Its methods are safe for
-// concurrent use.
+// Link is a TCP proxy in front of one endpoint, with the faults of a network: black holes, latency
+// and resets. [StartLink] or [NewLink] makes it; Close ends it. The zero Link is not usable. It
+// passes gRPC and TLS on unchanged. All methods are safe for concurrent use.
 //
-// It is written by hand, for lack of what matters here in etcd's own go.etcd.io/etcd/pkg/v3/proxy
-// (v3.7.3):
-//   - that proxy cannot close connections: a stream that lost bytes in its black hole goes on
-//     afterwards, corrupt, and its Close waits for either end to hang up (with etcd's peers behind
-//     it, Cluster.Close took 5 s);
-//   - it does not tell which connections lost bytes;
-//   - when the endpoint refuses, it drops the client's connection without closing it: the client
-//     hangs;
-//   - it sleeps for the delay after each read: what arrives in that time waits for up to twice the
-//     delay;
-//   - it listens on all interfaces, and stops when 16 errors have not been read.
+// etcd's own go.etcd.io/etcd/pkg/v3/proxy (v3.7.3) lacks what matters here:
+//   - It cannot close connections. A stream that lost bytes in a black hole continues afterwards,
+//     corrupt. Its Close waits for either end to hang up.
+//   - It does not report which connections lost bytes.
+//   - When the endpoint refuses, it drops the client's connection without closing it: the client
+//     hangs.
+//   - It sleeps for the delay after each read, so that bytes wait for up to twice the delay.
+//   - It listens on all interfaces, and stops when 16 errors have not been read.
 type Link struct {
 	target   string
 	listener net.Listener
@@ -66,9 +63,12 @@ const (
 )
 
 // NewLink starts a link in front of endpoint, on a free loopback port. The endpoint is "host:port",
-// or that with "http://" or "https://" before it; anything else is an error. It need not be served
-// yet: while it refuses connections, the link closes those of its clients. The caller closes the
-// link.
+// or that with "http://" or "https://" before it. Nothing need listen there yet: while the endpoint
+// refuses connections, the link closes those of its clients. Close the link at the end.
+//
+// Errors:
+//   - An error that names the endpoint if it has another form.
+//   - Why the link could not listen.
 func NewLink(endpoint string) (*Link, error) {
 	target, err := parseEndpoint(endpoint)
 	if err != nil {
@@ -100,7 +100,8 @@ func newLink(from, target string, dialers *dialers) (*Link, error) {
 	return l, nil
 }
 
-// StartLink is [NewLink] for a test: it fails tb on an error, and closes the link when tb ends.
+// StartLink is [NewLink] for a test: it fails tb if NewLink returns an error, and closes the link
+// when tb ends. A nil tb panics.
 func StartLink(tb testing.TB, endpoint string) *Link {
 	tb.Helper()
 	l, err := NewLink(endpoint)
@@ -130,37 +131,37 @@ func parseEndpoint(endpoint string) (string, error) {
 	return address, nil
 }
 
-// Endpoint is the link's own address, "127.0.0.1:port": what the client under test connects to.
+// Endpoint returns the link's own address, "127.0.0.1:port". Give it to the client under test.
 func (l *Link) Endpoint() string {
 	return l.listener.Addr().String()
 }
 
-// Cut turns the link into a black hole both ways, at once: no byte written after Cut has returned
-// arrives before [Link.Heal], nor does the end of a connection; bytes held back by [Link.Delay]
-// when they fall due in the cut are lost. Connections stay open, and new ones are accepted but
-// carry nothing.
+// Cut turns the link into a black hole both ways, at once. No byte that is written after Cut has
+// returned arrives before [Link.Heal], and neither does the end of a connection. Bytes that
+// [Link.Delay] holds back are lost if they fall due in the cut. Connections stay open, and new ones
+// are accepted but carry nothing.
 func (l *Link) Cut() {
 	l.change(func(f *faults) { f.drop = [2]bool{toServer: true, toClient: true} })
 }
 
-// DropReplies turns the link into a black hole from the server to the client, at once, while what
-// the client sends still arrives: requests are carried out, and their outcome stays unknown. It
-// adds to a Cut, and ends with [Link.Heal].
+// DropReplies turns the link into a black hole from the server to the client, at once. What the
+// client sends still arrives: requests are carried out, and their outcome stays unknown.
+// DropReplies adds to a Cut, and ends with [Link.Heal].
 func (l *Link) DropReplies() {
 	l.change(func(f *faults) { f.drop[toClient] = true })
 }
 
-// Delay makes each byte arrive d later, in each direction: a round trip takes 2d longer. It
+// Delay makes each byte arrive d later, in each direction, so that a round trip takes 2d longer. It
 // replaces an earlier delay, also for the bytes on their way, and keeps their order. Zero or less
 // is no delay. Connecting takes no longer.
 func (l *Link) Delay(d time.Duration) {
 	l.change(func(f *faults) { f.delay = max(d, 0) })
 }
 
-// Heal undoes Cut, DropReplies and Delay. It resets the connections that lost bytes and those
-// opened in a cut, since what follows a gap would be corrupt; the others go on unharmed. A client
-// dials anew by itself, but a request that it sends before it notices may fail: clientv3 repeats
-// reads, and returns Unavailable for writes.
+// Heal undoes Cut, DropReplies and Delay. It resets the connections that lost bytes, and those that
+// were opened in a cut, because what follows a gap is corrupt. Other connections continue. A client
+// dials again by itself. A request that it sends before it notices the reset may fail: clientv3
+// repeats reads, and returns Unavailable for writes.
 func (l *Link) Heal() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -173,8 +174,8 @@ func (l *Link) Heal() {
 	}
 }
 
-// Reset closes all connections, of both sides, by a TCP reset. New ones are accepted at once;
-// faults stay as they are.
+// Reset closes all connections, of both sides, by a TCP reset. New ones are accepted at once.
+// Faults stay as they are.
 func (l *Link) Reset() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

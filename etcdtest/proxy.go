@@ -15,7 +15,9 @@ import (
 )
 
 // Proxy is etcd's gRPC proxy (`etcd grpc-proxy start`) in this process, in front of all members of
-// a cluster. It serves keys, watches, leases and authentication, without TLS of its own.
+// a cluster. [StartProxy] or [NewProxy] makes it; Close ends it. The zero Proxy is not usable. It
+// serves keys, watches, leases and authentication, without TLS of its own. Its methods are safe for
+// concurrent use.
 type Proxy struct {
 	endpoint string
 	upstream *clientv3.Client
@@ -26,9 +28,11 @@ type Proxy struct {
 }
 
 // NewProxy runs a proxy in front of a cluster, on a free loopback port. With Security.TLS the proxy
-// has the certificate of this user. etcd's proxy renews all leases as that user, whoever they
-// belong to: with users but without TLS, leases that have keys are not renewed. The caller closes
-// the proxy, before the cluster.
+// has the certificate of this user, and otherwise ignores it. etcd's proxy renews all leases as
+// that user, whoever owns them. With users but without TLS, leases that have keys are not renewed.
+// Close the proxy before the cluster. A nil cluster panics.
+//
+// It returns an error if clientv3 cannot make a client, or if no port is free.
 func NewProxy(cluster *Cluster, user string) (*Proxy, error) {
 	p, err := newProxy(cluster, user)
 	if err != nil {
@@ -37,8 +41,8 @@ func NewProxy(cluster *Cluster, user string) (*Proxy, error) {
 	return p, nil
 }
 
-// StartProxy is [NewProxy] with root's client for a test: it fails tb on an error, and closes the
-// proxy when tb ends.
+// StartProxy is [NewProxy] with root's certificate for a test: it fails tb if NewProxy returns an
+// error, and closes the proxy when tb ends. A nil tb or cluster panics.
 func StartProxy(tb testing.TB, cluster *Cluster) *Proxy {
 	tb.Helper()
 	p, err := NewProxy(cluster, root)
@@ -92,7 +96,8 @@ func (p *Proxy) Endpoint() string {
 	return p.endpoint
 }
 
-// Close stops the proxy: its clients lose their connections. Closing again does nothing.
+// Close stops the proxy, and its clients lose their connections. Closing again does nothing. The
+// error is always nil.
 func (p *Proxy) Close() error {
 	p.stop()
 	p.server.Stop()

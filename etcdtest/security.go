@@ -50,7 +50,8 @@ type Security struct {
 	Configure func(*embed.Config)
 }
 
-// User is a user of etcd, with a role of the same name.
+// User is a user of etcd, with a role of the same name. Without Permissions it may read and write
+// nothing.
 type User struct {
 	Name string
 	// Password may be empty: then the user has none, and is authenticated by the common name of its
@@ -68,23 +69,26 @@ type Permission struct {
 
 // NewSecure is [New] for a cluster with TLS, with users, or with both. [Cluster.ClientConfig]
 // returns what a user's client needs.
+//
+// Its errors are those of New, and why a user, a role or a certificate could not be made.
 func NewSecure(members int, security Security) (*Cluster, error) {
 	return newCluster(members, security)
 }
 
-// StartSecure is [NewSecure] for a test: it fails tb on an error, and closes the cluster when tb
-// ends.
+// StartSecure is [NewSecure] for a test: it fails tb if NewSecure returns an error, and closes the
+// cluster when tb ends. A nil tb panics.
 func StartSecure(tb testing.TB, members int, security Security) *Cluster {
 	tb.Helper()
 	c, err := NewSecure(members, security)
 	return c.closedAfter(tb, err)
 }
 
-// ClientConfig returns the configuration of a client of this user: all endpoints, the user's name
-// and password, and with TLS a certificate in the user's name, valid for a day. It logs nothing,
-// and its DialTimeout is 5 s. Change what you need to and pass it to clientv3.New. A user that is
-// not among Security.Users has no password. On a cluster without TLS and without users the user is
-// ignored.
+// ClientConfig returns the configuration of a client of this user: all endpoints, and the user's
+// name and password. With TLS it has a certificate in the user's name, valid for a day. The client
+// logs nothing, and its DialTimeout is 5 s. Change what you need to, and pass it to clientv3.New.
+//
+// A user that is not among Security.Users has no password. On a cluster without TLS and without
+// users the user is ignored. ClientConfig returns an error if the certificate could not be issued.
 func (c *Cluster) ClientConfig(user string) (clientv3.Config, error) {
 	config := clientv3.Config{Endpoints: c.Endpoints(), DialTimeout: 5 * time.Second, Logger: zap.NewNop()}
 	if password := c.passwordOf(user); password != "" {
@@ -113,10 +117,10 @@ func (c *Cluster) passwordOf(user string) string {
 	return ""
 }
 
-// Certificate issues a certificate for a client, which is valid from now on for this long. Its
-// common name is what etcd takes for the name of a user without a password. To rotate a client's
-// certificate return it from the GetClientCertificate of the client's tls.Config. It is an error
-// that the cluster has no TLS.
+// Certificate issues a certificate for a client. It is valid from now on, for this long. etcd takes
+// its common name for the name of a user without a password. To rotate a client's certificate,
+// return it from the GetClientCertificate of the client's tls.Config. Certificate returns an error
+// if the cluster has no TLS.
 func (c *Cluster) Certificate(name string, validity time.Duration) (tls.Certificate, error) {
 	if c.authority == nil {
 		return tls.Certificate{}, errors.New("etcdtest: the cluster has no TLS")
@@ -129,8 +133,12 @@ func (c *Cluster) Certificate(name string, validity time.Duration) (tls.Certific
 }
 
 // RotateCertificates gives all members new certificates of the same authority, as an operator does
-// who replaces their files: connections that stand are kept, and new ones are served with the new
-// certificates. It is an error that the cluster has no TLS, or that a file cannot be written.
+// by replacing their files. Open connections stay, and new ones are served with the new
+// certificates.
+//
+// Errors:
+//   - An error if the cluster has no TLS, or is closed.
+//   - Why a file could not be written.
 func (c *Cluster) RotateCertificates() error {
 	return c.takeTurn(func() error {
 		if c.authority == nil {
