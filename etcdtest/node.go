@@ -25,7 +25,7 @@ const (
 	// serverVariable is the environment variable that names the program of etcd to run, as in the
 	// package's documentation.
 	serverVariable = "ETCDTEST_SERVER"
-	// none is what etcd calls a leader that is not.
+	// none is the leader of a member that follows nobody.
 	none = types.ID(raft.None)
 )
 
@@ -68,9 +68,8 @@ type member interface {
 	stop()
 }
 
-// newNodes returns the nodes of a new cluster, to be started, with their data in its
-// directory. The caller releases the ports
-// of those that it returns, also with an error.
+// newNodes returns the nodes of a new cluster, to be started, with their data in its directory. The
+// caller releases the ports of those that it returns, also with an error.
 func newNodes(count int, c *Cluster, configure func(*embed.Config)) ([]*node, error) {
 	var nodes []*node
 	for i := range count {
@@ -234,7 +233,7 @@ func (n *node) leader() (leader types.ID, leads bool) {
 	return n.member.leader()
 }
 
-// campaign has n stand for election at once, unless it knows a leader.
+// campaign has n stand for election at once, unless it has a leader.
 func (n *node) campaign() {
 	if leader, _ := n.leader(); leader != none {
 		return

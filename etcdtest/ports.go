@@ -28,8 +28,8 @@ type reservation struct {
 	addresses [portsPerMember - 1]string
 }
 
-// reserve finds a row of ports at random that nobody listens on. A program that knows nothing of
-// guards may still take one before the member does.
+// reserve finds a row of ports at random that nobody listens on. A program that does not
+// look at guards may still take one before the member does.
 func reserve() (*reservation, error) {
 	var last error
 	for range reserveAttempts {

@@ -51,7 +51,7 @@ type Security struct {
 }
 
 // User is a user of etcd, with a role of the same name. Without Permissions it may read and write
-// nothing.
+// nothing, unless it is root.
 type User struct {
 	Name string
 	// Password may be empty: then the user has none, and is authenticated by the common name of its
