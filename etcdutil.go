@@ -17,8 +17,9 @@
 // context.DeadlineExceeded. Children of a resource cost no goroutine.
 //
 // A constructor's ctx is the parent of the resource, as in [context.WithCancel]. The resource
-// inherits its values and its end. It is not a timeout of the call. This helper returns a lock
-// whose context has ended, and which keeps others out until it is closed or its TTL has passed:
+// inherits the values and the end of its parent. ctx is not a timeout of the call. This helper
+// returns a lock whose context has ended. The lock keeps others out until it is closed or its TTL
+// has passed:
 //
 //	func acquireSoon(ctx context.Context) (*etcdutil.Lock, error) {
 //		ctx, cancel := context.WithTimeout(ctx, 5*time.Second) // wrong
@@ -36,16 +37,15 @@
 // The ctx of every other method bounds that call, and so does that of [NewLogWriter], whose
 // parent is the lock.
 //
-// When the parent of a lock or lease ends, the resource's context ends too, and its lease is no
-// longer renewed. Nothing is released, so that work can wind down. Call Close, or wait for the
-// TTL.
+// When the parent of a lock or lease ends, the resource's context ends too. A lease whose parent
+// has ended is no longer renewed. Nothing is released, so that work can wind down. Call Close, or
+// wait for the TTL. A lock on a shared lease lasts until Close, or for as long as that lease.
 //
 // # Leases
 //
 // A [Lease] is kept alive until it is closed or lost. Its context ends before the server can
 // expire the lease: at the send time of the last answered renewal, plus the TTL, minus a margin.
-// A timer of its own ends it, whatever the network does. All leases of a client are renewed on
-// one stream.
+// A timer ends it, whatever the network does. All leases of a client are renewed on one stream.
 //
 // # Locks and fencing
 //
@@ -139,10 +139,11 @@
 // # Errors
 //
 // The errors of this package are sentinels: test for them with [errors.Is], on returned errors
-// and on context.Cause(resource). A write that may have been applied never fails with another
-// error than [ErrUnknownOutcome]. Bad arguments are refused before anything is sent, with an
-// error that names the argument. A nil ctx, client or function panics. Errors and log lines never
-// contain values, passwords or tokens.
+// and on context.Cause(resource). [Lock.Commit], [LogWriter.Write] and [Registration.Set] return
+// [ErrUnknownOutcome], and no other error, if the write may have been applied. Bad arguments are
+// refused before anything is sent, with an error that names the argument. A nil ctx, client,
+// function or option panics. Errors and log lines never contain values, passwords or tokens,
+// except that [ErrInvalidValue] wraps the codec's own error, which may quote a value.
 //
 // # What it cannot promise
 //

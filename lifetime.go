@@ -42,18 +42,19 @@ func (l *lifetime) shutdown(cause error) (first bool) {
 	return first
 }
 
-// Deadline returns the parent's deadline.
+// Deadline returns the parent's deadline. The time at which a lease ends is [Lease.Expiry].
 func (l *lifetime) Deadline() (time.Time, bool) { return l.ctx.Deadline() }
 
 // Done returns a channel that is closed when the resource is lost or closed, or when its parent
 // ends. context.Cause reports which.
 func (l *lifetime) Done() <-chan struct{} { return l.ctx.Done() }
 
-// Err returns nil, context.Canceled or context.DeadlineExceeded, as for any context. context.Cause
-// reports why the resource ended.
+// Err returns nil until Done is closed, and then context.Canceled or context.DeadlineExceeded, as
+// for any context. It does not say why the resource ended: context.Cause does.
 func (l *lifetime) Err() error { return l.ctx.Err() }
 
-// Value returns the parent's value for key.
+// Value returns the parent's value for key, as for any context. It does not read etcd: what
+// [WithValue] sets is not returned.
 func (l *lifetime) Value(key any) any { return l.ctx.Value(key) }
 
 // contextError is the error for a ctx that has ended. It Is both ctx.Err() and context.Cause(ctx).
