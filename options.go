@@ -9,7 +9,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
-// An Option is accepted by every constructor, and by [Retry] and [Holder].
+// An Option is accepted by every constructor that takes options, and by [Retry] and [Holder].
 type Option interface {
 	LeaseOption
 	RetryOption

@@ -18,8 +18,9 @@ import (
 // RetryPolicy says how often and for how long to retry. Pass it by [WithRetryPolicy]. The zero
 // value means the defaults.
 type RetryPolicy struct {
-	// Initial and Max are the first and the longest delay; 0 means 25 ms and 2 s. The delay doubles
-	// each time. A random part of it is slept (full jitter).
+	// Initial is the first delay. 0 means 25 ms, or Max if that is shorter. Max is the longest
+	// delay. 0 means 2 s, or Initial if that is longer. The delay doubles each time. A random part
+	// of it is slept (full jitter).
 	Initial, Max time.Duration
 	// Attempts limits how often the operation is tried; 0 means no limit.
 	Attempts int
@@ -93,16 +94,17 @@ type RetryOption interface{ applyRetry(*config) }
 // Retry calls op until it succeeds, or fails with an error that is not [IsTransient], or until the
 // policy or ctx ends it. Each call has a context of its own, which ends with ctx and after
 // RetryPolicy.AttemptTimeout. A call that failed by that timeout is tried again. Retry waits for
-// op, so it returns in time only if op heeds its context. op is not called if ctx has ended before.
+// op, so it returns in time only if op heeds its context. If ctx has ended before, op is not
+// called. A nil ctx or op panics.
 //
 // op may be repeated after an error that leaves open whether it was applied. So it must be
 // idempotent or guarded (a transaction that compares what it changes), or the policy must be
 // DefiniteOnly.
 //
 // Errors:
-//   - op's last error.
+//   - op's last error, also if the policy gave up.
 //   - ctx's end, which wraps op's last error.
-//   - A policy that cannot be: see [WithRetryPolicy].
+//   - An error that names what [WithRetryPolicy] refuses.
 func Retry[T any](ctx context.Context, op func(ctx context.Context) (T, error), opts ...RetryOption) (T, error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -237,8 +239,8 @@ func IsTransient(err error) bool {
 }
 
 // IsAmbiguous reports whether a write that failed with err may have been applied. In doubt it
-// returns true for what etcd, gRPC or a context returned. It returns false for nil, and for an
-// error that is none of theirs.
+// returns true for what etcd, gRPC or a context returned. It returns true for [ErrUnknownOutcome],
+// and false for nil and for any other error.
 func IsAmbiguous(err error) bool {
 	if err == nil {
 		return false
