@@ -14,8 +14,8 @@ import (
 )
 
 // Lead runs fn whenever this process holds the lock of this name: it waits its turn, runs fn under
-// the lock's context, waits for fn, and releases. At most one process leads at a time, and its
-// context ends before the next one leads.
+// the lock's context, waits for fn, and releases. That context ends before another process leads,
+// unless somebody deletes the lock's key or revokes its lease.
 //
 //	err := etcdutil.Lead(ctx, client, "scheduler/leader", func(ctx context.Context) error {
 //		return schedule(ctx) // canceled when this process no longer surely leads
@@ -41,6 +41,7 @@ import (
 //   - [ErrInvalidName], or an error that names the argument.
 //   - [ErrLockHeld] under the context of a lock of the same name.
 //   - rpctypes.ErrPermissionDenied, and whatever else etcd refuses for good.
+//   - An error if the client was closed.
 //   - [ErrLeaseExpired], [ErrLeaseRevoked], [ErrClosed] or its parent's end if the lease of
 //     [WithLease] has ended.
 //
@@ -149,6 +150,7 @@ func contenderOf(name string, kv *mvccpb.KeyValue) Contender {
 // Errors:
 //   - [ErrNoHolder] if nobody holds it.
 //   - [ErrInvalidName] if name is not allowed.
+//   - rpctypes.ErrPermissionDenied if the keys below the name may not be read.
 //   - ctx's end, or what etcd answered when [RetryPolicy] gave up.
 func Holder(ctx context.Context, client *clientv3.Client, name string, opts ...RetryOption) (Contender, error) {
 	if err := requireClient(ctx, client); err != nil {

@@ -20,12 +20,13 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// Lease is a lease that is kept alive: attach keys to its [Lease.ID], run under it as a context,
-// and call Close. Its context ends before the server can expire the lease: at the send time of the
-// last acknowledged renewal, plus TTL, minus a margin. It has no goroutine of its own.
+// Lease is a lease that is kept alive. [NewLease] makes it: attach keys to its [Lease.ID], run
+// under it as a context, and call Close. The zero Lease is not usable. It has no goroutine of its
+// own.
 //
-// Err returns context.Canceled or context.DeadlineExceeded, as of any context. [context.Cause]
-// returns why the lease ended:
+// Its context ends before the server can expire the lease: at the send time of the last
+// acknowledged renewal, plus TTL, minus a margin. Err returns context.Canceled or
+// context.DeadlineExceeded, as for any context. [context.Cause] returns why the lease ended:
 //   - [ErrClosed] after Close.
 //   - [ErrLeaseExpired] if it was not renewed in time. It wraps what the last renewal failed with.
 //   - [ErrLeaseRevoked] if the server no longer has the lease. The next renewal notices that.
@@ -170,6 +171,7 @@ func wholeSeconds(d time.Duration) int64 {
 // nil ctx or client panics.
 //
 // Errors:
+//   - An error that names the argument if ttl or an option is refused.
 //   - What etcd answered, or why there was no connection.
 //   - ctx's end.
 //   - [ErrLeaseExpired] if the lease was granted, but its time was over when the answer came.
@@ -328,7 +330,7 @@ func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
 // ID returns the lease's ID, which NewLease has chosen at random.
 func (l *Lease) ID() clientv3.LeaseID { return l.id }
 
-// TTL returns the lease's time to live as granted, in whole seconds.
+// TTL returns the time to live that the server has granted, in whole seconds.
 func (l *Lease) TTL() time.Duration { return l.ttl }
 
 // Expiry returns when the context ends unless the lease is renewed before: the send time of the
@@ -341,7 +343,9 @@ func (l *Lease) Expiry() time.Time {
 }
 
 // Alive asks the server whether it has the lease. It is a request, which ctx and [RetryPolicy]
-// bound. It changes nothing, and works also when the lease's context has ended.
+// bound. It changes nothing, and works also when the lease's context has ended. It returns false
+// without an error only if the server has no such lease. Its errors are ctx's end, and what etcd
+// answered last.
 func (l *Lease) Alive(ctx context.Context) (bool, error) {
 	resp, err := retry(ctx, &l.config, l.config.retry, "ask for lease "+hexID(l.id), func(ctx context.Context) (*clientv3.LeaseTimeToLiveResponse, error) {
 		return l.config.client.TimeToLive(ctx, l.id)

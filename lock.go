@@ -16,12 +16,17 @@ import (
 // DefaultTTL is the TTL of the own lease of a lock or registration without [WithTTL].
 const DefaultTTL = 10 * time.Second
 
-// Lock is a lock that is held. [Acquire] and [TryAcquire] make it; end it with Close, also after it
-// is lost.
+// Lock is a lock that is held. [Acquire] and [TryAcquire] make it. End it with Close, also after it
+// is lost. The zero Lock is not usable.
 //
 // It is a context.Context: Done is closed when the lock is no longer surely held. That is before
-// anybody else can hold it, unless somebody deletes the lock's key or revokes its lease.
-// context.Cause returns why; Err returns only context.Canceled or context.DeadlineExceeded.
+// anybody else can hold it, unless somebody deletes the lock's key or revokes its lease. Err
+// returns only context.Canceled or context.DeadlineExceeded. context.Cause returns why the lock
+// ended:
+//   - [ErrLockLost] if it was lost. It wraps the cause if that is known: [ErrLeaseExpired],
+//     [ErrLeaseRevoked] or, if a shared lease was closed, [ErrClosed].
+//   - [ErrClosed] after Close.
+//   - The parent's cause. The lock is not released then.
 //
 // Nobody but the lock may write its key: a key that was overwritten may have lost its lease, and
 // with it its place in the queue. All methods are safe for concurrent use.
@@ -202,7 +207,7 @@ func (c *lockConfig) bound(ctx context.Context, start time.Time) (context.Contex
 // A nil ctx or client panics.
 //
 // Errors:
-//   - [ErrInvalidName] if name is not allowed.
+//   - [ErrInvalidName] if name is not allowed, or an error that names the option that is refused.
 //   - [ErrLockHeld] if ctx runs under a lock of this name and client: Acquire would wait for
 //     itself.
 //   - [ErrLockLost] if the key or the lease was lost while waiting. It wraps the cause if that is
@@ -217,11 +222,12 @@ func Acquire(ctx context.Context, client *clientv3.Client, name string, opts ...
 	return acquire(ctx, c, name, time.Now(), (*contender).waitTurn)
 }
 
-// TryAcquire returns a lock that is held, or ErrLockHeld at once if somebody holds it or waits for
-// it: then nothing was written and nobody was made to wait. Otherwise it is as [Acquire].
+// TryAcquire returns a lock that is held, or [ErrLockHeld] at once if somebody holds it or waits
+// for it. Then nothing was written, and nobody was made to wait. The rest is as for [Acquire]: ctx
+// is the lock's parent, and the errors are the same.
 //
-// Where keys below name/ are created so fast that it cannot look and write in between, TryAcquire
-// queues up for a moment to look.
+// TryAcquire queues up for a moment if keys below name/ are created faster than it can look and
+// write.
 func TryAcquire(ctx context.Context, client *clientv3.Client, name string, opts ...LockOption) (*Lock, error) {
 	c, err := newLockConfig(ctx, client, name, opts)
 	if err != nil {
@@ -291,8 +297,8 @@ func (s *scope) holds(client *clientv3.Client, name string) bool {
 }
 
 // LockFrom returns the lock that ctx runs under, for code that must fence its writes but does not
-// get the lock passed. That is the innermost lock if locks are nested. It returns a lock that has
-// been lost or closed as well, and false if ctx runs under none.
+// get the lock passed. If locks are nested, it returns the innermost one. That lock may have been
+// lost or closed. LockFrom returns nil and false if ctx runs under no lock.
 func LockFrom(ctx context.Context) (*Lock, bool) {
 	s := scopeOf(ctx)
 	if s == nil {
@@ -465,8 +471,8 @@ func (l *Lock) Key() string { return l.queue.key }
 // than those of all earlier holders, unless etcd was restored from a backup.
 func (l *Lock) Token() Revision { return l.queue.token }
 
-// Lease returns the lease that the lock is held by: that of WithLease, or its own, which ends with
-// it.
+// Lease returns the lease that holds the lock: that of [WithLease], or the lock's own. The lock's
+// Close also closes its own lease.
 func (l *Lock) Lease() *Lease { return l.lease }
 
 // Do runs fn under a context with ctx's values that ends when ctx or the lock does, and waits for
@@ -516,7 +522,8 @@ func (l *Lock) IsOwner() clientv3.Cmp {
 }
 
 // Alive asks etcd whether the lock's key exists. It is a request, which ctx and [RetryPolicy]
-// bound. It changes nothing, and works also when the lock's context has ended.
+// bound. It changes nothing, and works also when the lock's context has ended. It returns false
+// without an error only if the key is gone. Its errors are ctx's end, and what etcd answered last.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
 	kv, err := l.fence.read(ctx, l.config.retry)
 	if err != nil {

@@ -17,7 +17,7 @@ import (
 const maxCommitOps = 127
 
 // Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns
-// the revision. It is [Lock.CommitIf] without conditions, and has its errors but
+// the transaction's revision. It is [Lock.CommitIf] without conditions, and has its errors but
 // ErrConditionFailed.
 func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error) {
 	return l.CommitIf(ctx, nil, ops...)
@@ -26,8 +26,9 @@ func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error)
 // CommitIf applies ops in one transaction if and only if the lock is held and every condition
 // holds, exactly once, and returns the revision.
 //
-// At most 127 ops and 127 conditions are allowed, also none. ops must not write the lock's own key.
-// A Get among them is carried out, and its result is discarded. Commits of one lock take turns.
+// There may be 127 ops and 127 conditions at most, and none at least. ops must not write the lock's
+// own key. A Get among them is carried out, and its result is discarded. Commits of one lock take
+// turns.
 //
 // ctx bounds this call. After the end of the lock's parent CommitIf still works, until Close or
 // until the lease expires, because winding down may need to save state: give it a context of its
