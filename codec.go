@@ -5,10 +5,10 @@ import (
 	"fmt"
 )
 
-// A Codec turns values into bytes and back. Both methods must be safe for concurrent use. A codec
-// that panics has failed: the panic is an error like others.
+// A Codec turns values into bytes and back. Both methods must be safe for concurrent use. If a
+// codec panics, that counts as its error.
 type Codec interface {
-	// Marshal encodes v. Its result is not changed.
+	// Marshal encodes v. The package does not change its result.
 	Marshal(v any) ([]byte, error)
 	// Unmarshal decodes data into v, a pointer to a zero value. It must not keep or change data.
 	Unmarshal(data []byte, v any) error

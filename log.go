@@ -84,10 +84,11 @@ type Entry[T any] struct {
 	Revision Revision
 }
 
-// LogWriter writes a log under a lock. [NewLogWriter] makes it; it ends with the lock, or on Close.
+// LogWriter writes a log under a lock. [NewLogWriter] makes it. It ends with the lock, or on Close.
+// The zero LogWriter is not usable.
 //
-// It is a context.Context, derived from the lock; context.Cause returns why it ended. All methods
-// are safe for concurrent use; writes take turns.
+// It is a context.Context, derived from the lock, and context.Cause returns why it ended. All
+// methods are safe for concurrent use. Writes take turns.
 type LogWriter[T any] struct {
 	lifetime
 	config  config
@@ -127,7 +128,8 @@ func positionOf(kv *mvccpb.KeyValue) position {
 //
 // Errors:
 //   - [ErrInvalidName] if name is not allowed.
-//   - [ErrLockLost] or [ErrClosed] if the lock is not held. A nil lock is refused.
+//   - An error that names the argument if lock is nil or an option is refused.
+//   - [ErrLockLost] or [ErrClosed] if the lock is not held.
 //   - ctx's end, or what etcd answered.
 func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...LogOption) (*LogWriter[T], error) {
 	if ctx == nil {
@@ -363,8 +365,8 @@ func (w *LogWriter[T]) unknownOutcome(data string, why any) error {
 	return w.lock.fence.unknownOutcome(why)
 }
 
-// Close ends the writer with ErrClosed; the lock is not touched. A Write that is under way goes on.
-// It returns nil, or ErrLockLost if the lock was lost before; so do further calls.
+// Close ends the writer with [ErrClosed], and leaves the lock held. A Write that is under way
+// continues. Close returns nil, or [ErrLockLost] if the lock was lost before. So do further calls.
 func (w *LogWriter[T]) Close() error {
 	w.closing.Do(func() {
 		if lost := w.lock.stopCause(); errors.Is(lost, ErrLockLost) {
@@ -375,7 +377,8 @@ func (w *LogWriter[T]) Close() error {
 	return w.lost
 }
 
-// LogReader reads a log. Call Read, or range over All, and Close it when it is no longer needed.
+// LogReader reads a log. [NewLogReader] makes it. Call Read, or range over All, and Close it when
+// it is no longer needed. It ends with its parent as well. The zero LogReader is not usable.
 //
 // It is a context.Context: Done is closed when the reader has ended, and context.Cause returns why.
 // All methods are safe for concurrent use: each entry is read once.
@@ -395,7 +398,7 @@ type LogReader[T any] struct {
 // read every entry.
 //
 // Errors:
-//   - [ErrInvalidName] if name is not allowed.
+//   - [ErrInvalidName] if name is not allowed, or an error that names the option that is refused.
 //   - [ErrGap] if entries are missing, or if the revision is more than one past etcd's.
 //   - rpctypes.ErrPermissionDenied if the log may not be read. It also ends a reader that resumes.
 //   - ctx's end, or what etcd answered last if [RetryPolicy] gave up. The policy bounds only this
@@ -722,8 +725,8 @@ func (r *LogReader[T]) Revision() Revision {
 	return r.watcher.Revision()
 }
 
-// Close ends the reader with ErrClosed. It returns nil, or the cause if the reader had ended before
-// by itself. So do further calls.
+// Close ends the reader with [ErrClosed], and waits for what it has started, for at most 5 s. It
+// returns nil, or the cause if the reader had ended before by itself. So do further calls.
 func (r *LogReader[T]) Close() error {
 	err := r.watcher.Close()
 	if r.latest != nil && r.watcher.hasStopped() {

@@ -39,7 +39,8 @@ type Observer struct {
 	Resynced func(WatchEvent)
 }
 
-// LockEvent describes what happened to a lock. Err is nil except in Lost.
+// LockEvent describes what happened to the lock of this Name and Token. Took is the wait in
+// Acquired, and otherwise how long the lock was held. Err is nil except in Lost.
 type LockEvent struct {
 	Name  string
 	Token Revision
@@ -47,8 +48,8 @@ type LockEvent struct {
 	Err   error
 }
 
-// LeaseEvent describes a renewal: Took is its round trip, Left is the time that the lease still had
-// when the answer came.
+// LeaseEvent describes a renewal. Lease is the lease's ID. Took is the round trip, and Left is the
+// time that the lease still had when the answer came.
 type LeaseEvent struct {
 	Lease      clientv3.LeaseID
 	Took, Left time.Duration
@@ -62,7 +63,7 @@ type RetryEvent struct {
 	Err     error
 }
 
-// WatchEvent describes why a watch of Key lists again.
+// WatchEvent reports that a watch of Key lists again, because of Err.
 type WatchEvent struct {
 	Key string
 	Err error
