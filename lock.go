@@ -523,8 +523,8 @@ func (l *Lock) IsOwner() clientv3.Cmp {
 
 // Alive asks etcd whether the lock's key exists. It is a request, which ctx and [RetryPolicy]
 // bound. It changes nothing, and works also when the lock's context has ended. It returns false
-// without an error only if the key is gone or has lost its lease. Its errors are ctx's end, and what
-// etcd answered last.
+// without an error only if the key is gone or has lost its lease. Its errors are ctx's end, and
+// what etcd answered last.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
 	kv, err := l.fence.read(ctx, l.config.retry)
 	if err != nil {
