@@ -51,7 +51,7 @@ func (c *Cluster) Restore() error {
 	})
 }
 
-// backup is what there is to know of one beside its files.
+// backup describes a backup, whose files are in the cluster's directory.
 type backup struct {
 	leader int // its log is as new as any; -1 if there was none
 }

@@ -27,8 +27,8 @@
 // If the environment variable ETCDTEST_SERVER names a program of etcd, each member that starts is a
 // process of that program, instead of etcd v3.7 in this process. All else is the same, but:
 //   - New and Restart take a second or two, since members elect a leader in their own time.
-//   - A setting of [NewWith] is passed on as a flag, if etcd has one for it. A program that does
-//     not know the flag ends, which is an error.
+//   - A setting of [NewWith] is passed on as a flag, if etcd has one for it. A program
+//     without that flag ends at once, and New returns an error.
 //   - Isolate works on Linux only.
 //
 // # Links

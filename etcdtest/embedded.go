@@ -48,7 +48,7 @@ func (e *embedded) applied() (index uint64, all bool) {
 
 // cut drops the raft messages, of both ways, in the connections that e has dialed. That leaves two
 // requests that it may send. A leader sends a snapshot, unless the follower has been silent for an
-// election timeout. A follower passes lease renewals on to its leader: so it is made to forget it.
+// election timeout. A follower passes lease renewals on to its leader: MsgForgetLeader clears that leader.
 func (e *embedded) cut() error {
 	for _, peer := range e.peers() {
 		e.etcd.Server.CutPeer(peer)
@@ -83,8 +83,8 @@ func (e *embedded) step(kind raftpb.MessageType) {
 	_ = e.etcd.Server.Process(ctx, &raftpb.Message{Type: kind.Enum(), From: new(id), To: new(id)})
 }
 
-// stop stops etcd at once, where its Close alone waits 7 s for clients to end their watches, and
-// for a leader to hand over, and 1 s for peers to hang up.
+// stop stops etcd at once. etcd's own Close waits 7 s for clients to end their watches and for a
+// leader to hand over, and 1 s for peers to hang up.
 func (e *embedded) stop() {
 	if server := e.server.Load(); server != nil {
 		server.Stop()

@@ -20,9 +20,9 @@ const (
 	reserveAttempts = 100
 )
 
-// reservation is a row of ports for one member, for as long as it may be restarted. The first, the
-// guard, is listened on all the time, by which other clusters, of this process or another, know
-// that the rest is not for them while the member is stopped.
+// reservation is a row of ports for one member, for as long as it may be restarted. The first port
+// is the guard. A listener holds it all the time, so that other clusters do not take the row while
+// the member is stopped. They may be in this process or in another.
 type reservation struct {
 	guard     net.Listener
 	addresses [portsPerMember - 1]string

@@ -187,7 +187,7 @@ func (p *process) leader() (leader types.ID, leads bool) {
 	return types.ID(response.Leader), response.Leader == response.Header.MemberId
 }
 
-// status asks the program, as root if it asks who wants to know.
+// status asks the program for its status, as root if the cluster has users.
 func (p *process) status() (*pb.StatusResponse, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
 	defer cancel()
