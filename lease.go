@@ -318,8 +318,7 @@ func (r *grantRequest) send(ctx context.Context) (grant, error) {
 	}
 }
 
-// revokeLease returns nil if the server does not know the lease: another attempt may have revoked
-// it.
+// revokeLease returns nil if the server has no such lease: another attempt may have revoked it.
 func revokeLease(ctx context.Context, c *config, id clientv3.LeaseID) error {
 	if _, err := c.client.Revoke(ctx, id); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return err

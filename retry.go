@@ -268,8 +268,8 @@ const (
 	sendTooLarge  = "trying to send message larger than max"
 )
 
-// The code does not tell these apart: etcd's server sends an error that it does not know as
-// codes.Unknown.
+// The code does not distinguish these errors: etcd's server sends an error without a code of its
+// own as codes.Unknown.
 var (
 	transientMessages = messages(
 		"raft proposal dropped",
@@ -304,7 +304,7 @@ type failure struct {
 }
 
 // statusOf returns the code and message of what clientv3 returns. Its EtcdError has a code but no
-// gRPC status. It returns an error that it does not know as the status it got.
+// gRPC status. Other errors of the server have the status that clientv3 got.
 func statusOf(err error) failure {
 	if e, ok := errors.AsType[rpctypes.EtcdError](err); ok {
 		return failure{e.Code(), e.Error()}

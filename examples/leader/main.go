@@ -128,7 +128,7 @@ type stage struct {
 	terms     []*term
 	changed   chan struct{}       // closed when the next term begins
 	observed  []etcdutil.Revision // tokens that the observer saw
-	committed int                 // increments that a leader knows to be committed
+	committed int                 // increments whose Commit succeeded
 	lateWrite error               // what the paused leader got from Commit
 }
 

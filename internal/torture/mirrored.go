@@ -27,7 +27,7 @@ func mirroredKey(i int) string { return mirroredPrefix + strconv.Itoa(i) }
 // none.
 type mirrorRead struct {
 	value    string
-	from, to int64         // the revisions that the reader knew the copy to be of: one between them
+	from, to int64         // the copy was of a revision between them
 	asOf     time.Duration // when the copy was up to date at the latest
 }
 
