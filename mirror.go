@@ -140,16 +140,19 @@ func (m *Mirror[T]) load() (*Watcher[decoded[T]], error) {
 			if elapsed > 0 {
 				quiet.Reset(elapsed)
 			}
+		case <-m.Done():
+			return nil, m.loadError(w)
 		case <-quiet.C:
-			_ = w.Close()
+			inBackground(func() { _ = w.Close() })
 			return nil, fmt.Errorf("no answer within %v: %w", elapsed, context.DeadlineExceeded)
 		}
 	}
 	return w, nil
 }
 
+// loadError returns why the first copy cannot be made. The codec may block the watcher.
 func (m *Mirror[T]) loadError(w *Watcher[decoded[T]]) error {
-	_ = w.Close()
+	inBackground(func() { _ = w.Close() })
 	if m.Err() != nil {
 		return contextError(m)
 	}
@@ -197,13 +200,20 @@ func (r *reporter) mirrorFailing(key string, err error) {
 
 // follow applies what comes from w until it ends. It reports whether the copy was right meanwhile.
 func (m *Mirror[T]) follow(w *Watcher[decoded[T]]) (synced bool) {
+	defer func() { _ = w.Close() }() // which waits no longer than 5 s for a codec that blocks
 	f := &mirrorFollower[T]{m: m, w: w}
-	for e := range w.Events() {
-		f.take(e)
-		synced = synced || f.draft == nil
+	for {
+		select {
+		case e, ok := <-w.Events():
+			if !ok {
+				return synced
+			}
+			f.take(e)
+			synced = synced || f.draft == nil
+		case <-m.Done():
+			return synced
+		}
 	}
-	_ = w.Close()
-	return synced
 }
 
 // Get returns the value of key, which is the whole key even if the mirror has a prefix. If the
@@ -353,9 +363,9 @@ func (m *Mirror[T]) verify() {
 	}
 }
 
-// Close ends the mirror with ErrClosed and waits for what it has started. It returns nil, or the
-// cause if the mirror had ended before by itself, because its client was closed. So do further
-// calls. The copy can still be read.
+// Close ends the mirror with ErrClosed and waits for what it has started, for at most 5 s if the
+// codec blocks. It returns nil, or the cause if the mirror had ended before by itself, because its
+// client was closed. So do further calls. The copy can still be read.
 func (m *Mirror[T]) Close() error {
 	m.shutdown(ErrClosed)
 	m.running.Wait()

@@ -494,6 +494,27 @@ func TestMirrorGetDoesNotWaitForUserCode(t *testing.T) {
 	mustWait(t, m, rev)
 }
 
+func TestMirrorEndsThoughItsCodecBlocks(t *testing.T) {
+	t.Parallel()
+	client, prefix := newClient(t, testCluster.Endpoints()...), nameOf(t)+"/"
+	codec := blockingCodec{make(chan struct{})}
+	defer close(codec.release)
+	m := mustMirror[string](t, client, prefix, WithPrefix(), WithCodec(codec))
+	mustPut(t, client, prefix+"a", "block")
+	time.Sleep(100 * time.Millisecond)
+	took := testclock.Time(func() { require.NoError(t, m.Close()) })
+	require.Less(t, took, maxClosing+time.Second)
+
+	cause := errors.New("cause")
+	ctx, cancel := context.WithTimeoutCause(context.Background(), 100*time.Millisecond, cause)
+	defer cancel()
+	took = testclock.Time(func() {
+		_, err := NewMirror[string](ctx, client, prefix, WithPrefix(), WithCodec(codec))
+		require.ErrorIs(t, err, cause)
+	})
+	require.Less(t, took, time.Second)
+}
+
 func TestMirrorRefusesBadArguments(t *testing.T) {
 	t.Parallel()
 	client, ctx := newClient(t, testCluster.Endpoints()...), context.Background()
