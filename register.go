@@ -80,7 +80,7 @@ func Register[T any](ctx context.Context, client *clientv3.Client, key string, v
 	if err := c.validate(key); err != nil {
 		return nil, err
 	}
-	value, err := c.codec.Marshal(v)
+	value, err := encode(c.codec, v)
 	if err != nil {
 		return nil, errorf("register %q: v cannot be encoded: %w", key, err)
 	}
@@ -123,7 +123,7 @@ func (r *Registration[T]) Set(ctx context.Context, v T) error {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
 	}
-	value, err := r.codec.Marshal(v)
+	value, err := encode(r.codec, v)
 	if err != nil {
 		return errorf("set %q: v cannot be encoded: %w", r.Key(), err)
 	}

@@ -480,6 +480,8 @@ func TestRegisterRefusesBadArguments(t *testing.T) {
 	require.ErrorContains(t, err, "key")
 	_, err = Register(ctx, client, nameOf(t), func() {})
 	require.ErrorContains(t, err, "encoded")
+	_, err = Register(ctx, client, nameOf(t), "1", WithCodec(panickingCodec{}))
+	require.ErrorContains(t, err, "panicked")
 	require.Panics(t, func() { _, _ = Register(noContext, client, "a", "1") })
 	require.Panics(t, func() { _, _ = Register(ctx, nil, "a", "1") })
 }
