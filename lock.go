@@ -546,8 +546,10 @@ func (l *Lock) Alive(ctx context.Context) (bool, error) {
 func (l *Lock) Close() error {
 	l.closing.Do(func() {
 		l.closeErr = l.release()
-		if l.closeErr == nil {
-			l.logEnd(ErrClosed)
+		if errors.Is(l.closeErr, ErrLockLost) {
+			l.logEnd(l.closeErr)
+		} else {
+			l.logEnd(ErrClosed) // also if etcd did not confirm it
 		}
 		l.config.reporter.flush()
 	})

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -106,6 +107,24 @@ func TestObserverSeesALossWithItsCauseAndNoRelease(t *testing.T) {
 		require.ErrorIs(t, lock.Close(), ErrLockLost)
 		require.Len(t, r.all("lost"), 1)
 		require.Empty(t, r.all("released"))
+	}
+}
+
+func TestObserverSeesAReleaseThatIsNotConfirmed(t *testing.T) {
+	t.Parallel()
+	for _, shared := range []bool{false, true} {
+		client, link := linkedClient(t)
+		var r recorder
+		opts := []LockOption{WithObserver(r.observer()), WithTTL(2 * time.Second)}
+		if shared {
+			opts = []LockOption{WithObserver(r.observer()), WithLease(mustLease(t, client, 2*time.Second))}
+		}
+		lock := mustAcquire(t, client, nameOf(t)+strconv.FormatBool(shared), opts...)
+		link.Cut()
+		require.ErrorIs(t, lock.Close(), ErrUnknownOutcome)
+		require.Equal(t, lock.Token(), waitFor[LockEvent](t, &r, "released").Token)
+		require.Len(t, r.all("released"), 1)
+		require.Empty(t, r.all("lost"))
 	}
 }
 
