@@ -67,8 +67,8 @@ func Lead(ctx context.Context, client *clientv3.Client, name string, fn func(ctx
 				return err
 			}
 			waiting = time.Now()
-		case !c.canCampaign(ctx, err):
-			return err
+		case !c.canCampaign(ctx, waiting, err):
+			return withContextError(ctx, err)
 		default:
 			c.reporter.retrying(RetryEvent{Op: "lead", Attempt: failed, Err: err})
 		}
@@ -99,8 +99,9 @@ func (c *lockConfig) attempt(waiting time.Time) LockOption {
 	})
 }
 
-// canCampaign reports whether another Acquire can succeed after one that failed with err.
-func (c *lockConfig) canCampaign(ctx context.Context, err error) bool {
+// canCampaign reports whether another Acquire can succeed after one that failed with err. waiting is
+// when this process began to wait.
+func (c *lockConfig) canCampaign(ctx context.Context, waiting time.Time, err error) bool {
 	switch {
 	case ctx.Err() != nil || c.client.Ctx().Err() != nil:
 		return false
@@ -108,7 +109,7 @@ func (c *lockConfig) canCampaign(ctx context.Context, err error) bool {
 		return false
 	case errors.Is(err, ErrLockLost), errors.Is(err, ErrLeaseExpired), errors.Is(err, rpctypes.ErrNoSpace):
 		return true
-	case c.timeout != nil && errors.Is(err, context.DeadlineExceeded):
+	case c.timeout != nil && errors.Is(err, context.DeadlineExceeded) && time.Since(waiting) >= *c.timeout:
 		return false
 	case c.retry.Attempts != 0 || c.retry.Elapsed != 0:
 		return false
@@ -145,7 +146,8 @@ func contenderOf(name string, kv *mvccpb.KeyValue) Contender {
 // lease are not contenders, and neither are locks whose name begins with name and a slash.
 //
 // The result may be out of date when it arrives. Holder sends two small requests, however many
-// contend, and does not read the values of other keys below the name. A nil ctx or client panics.
+// contend, and does not read the values of other keys below the name. If the holder was gone before
+// the second one, it reads up to 8 keys with their values. A nil ctx or client panics.
 //
 // Errors:
 //   - [ErrNoHolder] if nobody holds it.
@@ -184,14 +186,17 @@ const (
 )
 
 // oldestContender returns the oldest contender for name, or nil, and a revision up to which no
-// later change is in it.
+// later change is in it. Where holders follow each other faster than two requests, it reads values
+// from the second scan on.
 func oldestContender(ctx context.Context, c *config, name string) (*mvccpb.KeyValue, Revision, error) {
+	var gone Revision
 	for {
 		s := holderScan{c: c, name: name}
-		kv, rev, err := s.run(ctx)
-		if err != nil || kv != nil || !s.moved {
+		kv, rev, err := s.run(ctx, gone)
+		if err != nil || kv != nil || s.gone == 0 {
 			return kv, rev, err
 		}
+		gone = s.gone
 	}
 }
 
@@ -203,14 +208,31 @@ type holderScan struct {
 	c    *config
 	name string
 
-	// moved reports that a key was seen and then gone: the scan may have missed its successor.
-	moved bool
+	// gone is the create revision of the first key that was seen and then gone: the scan may have
+	// missed its successor. 0 if there was none.
+	gone Revision
 }
 
-func (s *holderScan) run(ctx context.Context) (*mvccpb.KeyValue, Revision, error) {
+// run scans. gone is what an earlier scan has found, or 0: keys that are older are strays.
+func (s *holderScan) run(ctx context.Context, gone Revision) (*mvccpb.KeyValue, Revision, error) {
 	var seen, from Revision
+	if gone != 0 {
+		page, err := s.oldestKeys(ctx, gone, firstKeys)
+		if err != nil {
+			return nil, 0, err
+		}
+		rev := page.Header.Revision
+		for _, kv := range olderChildren(s.name, page.Kvs, math.MaxInt64) {
+			if kv.Lease != 0 {
+				return kv, rev, nil
+			}
+		}
+		if rev >= gone && !page.More { // else etcd was restored, or there are strays
+			return nil, rev, nil
+		}
+	}
 	for limit := int64(firstKeys); ; limit = min(8*limit, maxKeys) {
-		page, err := s.oldestKeys(ctx, from, limit)
+		page, err := s.oldestKeys(ctx, from, limit, clientv3.WithKeysOnly())
 		if err != nil {
 			return nil, 0, err
 		}
@@ -234,12 +256,12 @@ func (s *holderScan) run(ctx context.Context) (*mvccpb.KeyValue, Revision, error
 	}
 }
 
-// oldestKeys reads the oldest keys below the name, without their values, from a create revision on.
-func (s *holderScan) oldestKeys(ctx context.Context, from Revision, limit int64) (*clientv3.GetResponse, error) {
+// oldestKeys reads the oldest keys below the name, from a create revision on.
+func (s *holderScan) oldestKeys(ctx context.Context, from Revision, limit int64, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	opts = append(opts, clientv3.WithPrefix(), clientv3.WithMinCreateRev(from), clientv3.WithLimit(limit),
+		clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
 	return retry(ctx, s.c, s.c.retry, "read the holder", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return s.c.client.Get(ctx, prefix(s.name), clientv3.WithPrefix(), clientv3.WithKeysOnly(),
-			clientv3.WithMinCreateRev(from), clientv3.WithLimit(limit),
-			clientv3.WithSort(clientv3.SortByCreateRevision, clientv3.SortAscend))
+		return s.c.client.Get(ctx, prefix(s.name), opts...)
 	})
 }
 
@@ -301,8 +323,8 @@ func (s *holderScan) skipStrays(ctx context.Context, keys []*mvccpb.KeyValue) ([
 
 // noteStray notes whether a key without a lease is the one that was seen.
 func (s *holderScan) noteStray(seen *mvccpb.KeyValue, now []*mvccpb.KeyValue) {
-	if len(now) == 0 || now[0].CreateRevision != seen.CreateRevision {
-		s.moved = true
+	if s.gone == 0 && (len(now) == 0 || now[0].CreateRevision != seen.CreateRevision) {
+		s.gone = seen.CreateRevision
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -375,8 +376,14 @@ func TestLeadGivesUpOnlyAsItsOwnPolicySays(t *testing.T) {
 	} {
 		config, err := newLockConfig(t.Context(), client, "l", []LockOption{WithRetryPolicy(test.policy)})
 		require.NoError(t, err)
-		require.Equal(t, test.again, config.canCampaign(t.Context(), gaveUp), test.policy)
+		require.Equal(t, test.again, config.canCampaign(t.Context(), time.Now(), gaveUp), test.policy)
 	}
+
+	// A request that gave up is not the end of a longer wait.
+	config, err := newLockConfig(t.Context(), client, "l", []LockOption{WithAcquireTimeout(time.Minute)})
+	require.NoError(t, err)
+	require.True(t, config.canCampaign(t.Context(), time.Now().Add(-31*time.Second), gaveUp))
+	require.False(t, config.canCampaign(t.Context(), time.Now().Add(-time.Minute), gaveUp))
 }
 
 func TestLeadReleasesAfterAPanic(t *testing.T) {
@@ -531,4 +538,32 @@ func TestHolderIsNoneOnlyIfNobodyHeldItMeanwhile(t *testing.T) {
 	holder, err := Holder(t.Context(), client, name)
 	require.NoError(t, err)
 	require.Equal(t, "next", holder.Value)
+}
+
+func TestHolderIsFoundWhereHoldersFollowFasterThanItReads(t *testing.T) {
+	t.Parallel()
+	name, writer := nameOf(t), testCluster.Client(t)
+	lease := mustLease(t, writer, time.Minute)
+	writeStrays(t, writer, name+"/stray-%d", 20, 1)
+	key := func(i int64) string { return fmt.Sprintf("%s/%d", name, i) }
+	mustPutLeased(t, writer, key(0), lease)
+	var terms atomic.Int64
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if strings.HasSuffix(method, "/Txn") { // there is another holder before each of them
+			i := terms.Add(1)
+			mustPutLeased(t, writer, key(i), lease)
+			mustDelete(t, writer, key(i-1))
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	holder, err := Holder(ctx, client, name)
+	require.NoError(t, err)
+	require.Equal(t, key(terms.Load()), holder.Key)
+	w, err := WatchHolder(ctx, client, name)
+	require.NoError(t, err)
+	require.Equal(t, EventPut, (<-w.Events()).Type)
+	cancel()
+	require.ErrorIs(t, w.Close(), nil)
 }
