@@ -48,7 +48,7 @@ func (e *embedded) applied() (index uint64, all bool) {
 
 // cut drops the raft messages, of both ways, in the connections that e has dialed. That leaves two
 // requests that it may send. A leader sends a snapshot, unless the follower has been silent for an
-// election timeout. A follower passes lease renewals on to its leader: MsgForgetLeader clears that leader.
+// election timeout. A follower passes lease renewals on to its leader: MsgForgetLeader prevents it.
 func (e *embedded) cut() error {
 	for _, peer := range e.peers() {
 		e.etcd.Server.CutPeer(peer)
