@@ -263,9 +263,8 @@ func (c *contender) predecessorIn(ctx context.Context, page *etcdserverpb.RangeR
 	}
 	// There may be thousands of strays, and no contender among them.
 	end := clientv3.GetPrefixRangeEnd(prefix(c.name))
-	resp, err := c.read(ctx, txnRequest{guards: []clientv3.Cmp{
-		unleased(prefix(c.name), c.key), unleased(c.key+"\x00", end),
-	}})
+	others := []clientv3.Cmp{unleased(prefix(c.name), c.key), unleased(c.key+"\x00", end)}
+	resp, err := c.read(ctx, txnRequest{guards: others, then: linearized(others)})
 	if err != nil || resp.Succeeded {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.uber.org/zap"
@@ -191,6 +192,55 @@ func TestQueueIgnoresStrayKeysHoweverMany(t *testing.T) {
 	lock, err = TryAcquire(t.Context(), client, nameOf(t))
 	require.NoError(t, err)
 	require.NoError(t, lock.Close())
+}
+
+// A member that lags answers from its own state, unless it is asked what is current.
+func TestLaggingMemberHidesNeitherAHolderNorADeletion(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	lagging := (cluster.Leader() + 1) % 3
+	others := slices.Delete(slices.Clone(cluster.Endpoints()), lagging, lagging+1)
+	direct, behind := newClient(t, others...), newClient(t, cluster.Endpoints()[lagging])
+	var asked [2]atomic.Bool
+	clients := make([]*clientv3.Client, len(asked))
+	for i := range clients { // the first transaction of each that only reads goes to the lagging member
+		var err error
+		clients[i], err = clientv3.New(clientv3.Config{Endpoints: others, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
+			grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				if r, ok := req.(*etcdserverpb.TxnRequest); ok && onlyReads(r) && asked[i].CompareAndSwap(false, true) {
+					// It does not know yet that it is cut off.
+					ctx, cc = metadata.NewOutgoingContext(ctx, metadata.MD{}), behind.ActiveConnection()
+				}
+				return invoker(ctx, method, req, reply, cc, opts...)
+			}),
+		}})
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = clients[i].Close() })
+		_, err = clients[i].Get(t.Context(), "connect")
+		require.NoError(t, err)
+	}
+	_, err := behind.Get(t.Context(), "connect")
+	require.NoError(t, err)
+	deleted := mustAcquire(t, clients[0], nameOf(t)+"-deleted", WithTTL(time.Minute))
+	require.NoError(t, cluster.Isolate(lagging))
+	mustDelete(t, direct, deleted.Key())
+	mustAcquire(t, direct, nameOf(t), WithTTL(time.Minute))
+	var strays []clientv3.Op
+	for i := range 10 { // more than one page of the queue
+		strays = append(strays, clientv3.OpPut(fmt.Sprint(nameOf(t), "/stray-", i), ""))
+	}
+	_, err = direct.Txn(t.Context()).Then(strays...).Commit()
+	require.NoError(t, err)
+	_, err = Acquire(t.Context(), clients[1], nameOf(t), WithAcquireTimeout(3*time.Second))
+	require.ErrorIs(t, err, context.DeadlineExceeded, "somebody else holds it")
+	within(t, 10*time.Second, deleted.Done(), "told of the deletion")
+	require.True(t, asked[0].Load() && asked[1].Load(), "the lagging member was asked")
+}
+
+func onlyReads(r *etcdserverpb.TxnRequest) bool {
+	return !slices.ContainsFunc(append(slices.Clone(r.Success), r.Failure...), func(op *etcdserverpb.RequestOp) bool {
+		return op.GetRequestRange() == nil
+	})
 }
 
 func TestLeaseUsesFewKeysForTheLocksOfOneName(t *testing.T) {

@@ -19,6 +19,12 @@ type txnRequest struct {
 	then, otherwise []clientv3.Op
 }
 
+// linearized returns an operation for a transaction that only compares. etcd answers a transaction
+// without operations from the member's own state, which may lag.
+func linearized(guards []clientv3.Cmp) []clientv3.Op {
+	return []clientv3.Op{clientv3.OpGet(string(guards[0].KeyBytes()), clientv3.WithCountOnly())}
+}
+
 // txnResult says what the sendings of a transaction may have done, except the one whose answer was
 // returned. clientv3 may send one call several times by itself, and returns only the last answer.
 type txnResult struct {

@@ -1284,6 +1284,9 @@ func (b *batchReader) read(batch []readRequest) {
 		ops = append(ops, r.ops...)
 		guards = append(guards, r.guards...)
 	}
+	if len(ops) == 0 {
+		ops = linearized(guards)
+	}
 	policy := RetryPolicy{}.withDefaults()
 	for failed := 1; ; failed++ {
 		resp, timedOut, err := attemptOnce(b.ctx, b.client, time.Second<<min(failed-1, 2), func(ctx context.Context) (*clientv3.TxnResponse, error) {
