@@ -261,7 +261,7 @@ func Do(ctx context.Context, client *clientv3.Client, name string, fn func(ctx c
 		return err
 	}
 	defer func() {
-		if closeErr := lock.Close(); !errors.Is(err, closeErr) {
+		if closeErr := lock.Close(); closeErr != nil && !errors.Is(err, closeErr) {
 			err = errors.Join(err, closeErr)
 		}
 	}()
@@ -286,14 +286,26 @@ func (l *Lock) enter(ctx context.Context) context.Context {
 	return context.WithValue(ctx, scopeKey{}, &scope{l, scopeOf(ctx)})
 }
 
-// holds reports whether one of the locks has this name and is still held.
+// holds reports whether one of the locks has this name and is still held. It looks at each scope
+// once: the scope around a lock's is most often the one that its parent has as well.
 func (s *scope) holds(client *clientv3.Client, name string) bool {
 	if s == nil {
 		return false
 	}
-	l := s.lock
-	return l.queue.name == name && l.config.client == client && l.stopCause() == nil ||
-		l.outer.holds(client, name) || s.outer.holds(client, name)
+	seen := map[*scope]bool{nil: true}
+	for todo := []*scope{s}; len(todo) > 0; {
+		s, todo = todo[len(todo)-1], todo[:len(todo)-1]
+		if seen[s] {
+			continue
+		}
+		seen[s] = true
+		l := s.lock
+		if l.queue.name == name && l.config.client == client && l.stopCause() == nil {
+			return true
+		}
+		todo = append(todo, l.outer, s.outer)
+	}
+	return false
 }
 
 // LockFrom returns the lock that ctx runs under, for code that must fence its writes but does not

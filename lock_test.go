@@ -109,6 +109,33 @@ func TestDoRunsUnderTheLockAndWaitsForFn(t *testing.T) {
 	require.False(t, ok)
 }
 
+func TestDoReturnsTheErrorOfFnItself(t *testing.T) {
+	t.Parallel()
+	want := errors.New("fn's")
+	got := Do(t.Context(), testCluster.Client(t), nameOf(t), func(context.Context) error { return want })
+	require.Same(t, want, got)
+}
+
+func TestLocksNestToAnyDepth(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, time.Minute)
+	ctx := t.Context()
+	for i := range 40 {
+		lock, err := Acquire(ctx, client, fmt.Sprint(nameOf(t), i), WithLease(lease), WithAcquireTimeout(patience))
+		require.NoError(t, err)
+		ctx = lock
+		if i%2 == 0 {
+			continue
+		}
+		entered := make(chan context.Context, 1)
+		require.NoError(t, lock.Do(ctx, func(under context.Context) error { entered <- context.WithoutCancel(under); return nil }))
+		ctx = <-entered
+	}
+	_, err := Acquire(ctx, client, nameOf(t)+"0", WithLease(lease))
+	require.ErrorIs(t, err, ErrLockHeld)
+}
+
 func TestDoReleasesAfterAPanic(t *testing.T) {
 	client := testCluster.Client(t)
 	require.PanicsWithValue(t, "fn's", func() {
