@@ -77,6 +77,17 @@ func withContextError(ctx context.Context, err error) error {
 	return err
 }
 
+// withEndOf adds the end of a write's ctx to err as withContextError does. ctx may be that of the
+// lock. Then an unknown outcome does not wrap what ended the lock, because ErrLockLost and
+// ErrClosed say that nothing was applied.
+func withEndOf(ctx context.Context, err error) error {
+	cause := context.Cause(ctx)
+	if errors.Is(err, ErrUnknownOutcome) && (errors.Is(cause, ErrLockLost) || errors.Is(cause, ErrClosed)) {
+		return fmt.Errorf("%w: %w: %v", err, ctx.Err(), cause)
+	}
+	return withContextError(ctx, err)
+}
+
 func isContextError(err error) bool {
 	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }

@@ -58,7 +58,7 @@ func (l *Lock) CommitIf(ctx context.Context, conditions []clientv3.Cmp, ops ...c
 		return err
 	})
 	if err != nil {
-		return 0, errorf("commit under %q: %w", l.queue.name, withContextError(ctx, err))
+		return 0, errorf("commit under %q: %w", l.queue.name, withEndOf(ctx, err))
 	}
 	return rev, nil
 }
@@ -215,14 +215,14 @@ func (f *fence) commit(ctx context.Context, p RetryPolicy, conditions []clientv3
 	if err == nil {
 		notApplied = refusal(resp, conditions)
 	}
-	if r.mayStillApply && !IsAmbiguous(err) && len(conditions)+len(ops) > 0 && f.ruleOut(ctx, p) {
-		return 0, notApplied
+	kv, v, failed := f.verdictAfter(ctx, p, resp, r)
+	if v == verdictUnknown && failed == nil && !IsAmbiguous(err) && len(conditions)+len(ops) > 0 {
+		kv, v, failed = f.ruleOut(ctx, p, r)
 	}
-	kv, err := f.keyAfter(ctx, p, resp, r)
-	if err != nil {
-		return 0, f.unknownOutcome(cmp.Or(notApplied, err))
+	if failed != nil {
+		return 0, f.unknownOutcome(cmp.Or(notApplied, failed))
 	}
-	switch f.resolve(r, kv) {
+	switch v {
 	case verdictApplied:
 		return f.advance(kv.ModRevision), nil
 	case verdictNotApplied:
@@ -273,23 +273,34 @@ func refusal(resp *clientv3.TxnResponse, conditions []clientv3.Cmp) error {
 // errRefused says that a transaction was refused although all its guards hold.
 var errRefused = errors.New("refused, although nothing has changed")
 
-// ruleOut makes sure that no sending of the last transaction can be applied any more. It reports
-// whether none was.
-func (f *fence) ruleOut(ctx context.Context, p RetryPolicy) bool {
-	resp, _, err := f.txn(ctx, p, f.request(nil, nil))
-	if err != nil || !resp.Succeeded {
-		return false
+// ruleOut makes sure that no sending of the last transaction, which may still be applied, ever is.
+// It increments the version of a key that was found unchanged.
+func (f *fence) ruleOut(ctx context.Context, p RetryPolicy, r txnResult) (*mvccpb.KeyValue, verdict, error) {
+	resp, own, err := f.txn(ctx, p, f.request(nil, nil))
+	if err == nil && resp.Succeeded {
+		f.advance(resp.Header.Revision)
+		return nil, verdictNotApplied, nil
 	}
-	f.advance(resp.Header.Revision)
-	return true
+	kv, v, err := f.verdictAfter(ctx, p, resp, r)
+	if v == verdictApplied && own.mayBeApplied { // the increment may be that of ruleOut
+		v = verdictUnknown
+	}
+	return kv, v, err
 }
 
-// keyAfter returns the key as it is after a transaction, nil if it is gone.
-func (f *fence) keyAfter(ctx context.Context, p RetryPolicy, refused *clientv3.TxnResponse, r txnResult) (*mvccpb.KeyValue, error) {
-	if refused != nil && !r.mayStillApply {
-		return f.queue.ownIn(rangeIn(refused, 0).Kvs), nil
+// verdictAfter decides what became of a transaction, and returns the key that shows it, nil if it
+// is gone. refused is an answer that came after all sendings that r counts, nil if there is none.
+// That of an interceptor has no key.
+func (f *fence) verdictAfter(ctx context.Context, p RetryPolicy, refused *clientv3.TxnResponse, r txnResult) (*mvccpb.KeyValue, verdict, error) {
+	if refused != nil && len(refused.Responses) > 0 {
+		kv := f.queue.ownIn(rangeIn(refused, 0).Kvs)
+		return kv, f.resolve(r, kv), nil
 	}
-	return f.read(ctx, p)
+	kv, err := f.read(ctx, p)
+	if err != nil {
+		return nil, verdictUnknown, err
+	}
+	return kv, f.resolve(r, kv), nil
 }
 
 // read returns the lock's key, nil if it is gone.

@@ -213,6 +213,43 @@ func TestCommitOfAnOutageEndsWithTheLockAndIsUnknown(t *testing.T) {
 	require.NotErrorIs(t, err, ErrUnknownOutcome)
 }
 
+// The context of a call is most often that of the lock, which ends with it.
+func TestCommitOfUnknownOutcomeIsNotDeniedByTheEndOfItsContext(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(lock *Lock){
+		"lost":   func(lock *Lock) { lock.markLost(ErrLeaseExpired) },
+		"closed": func(lock *Lock) { lock.shutdown(ErrClosed) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client, faults := faultyClient(t)
+			for what, call := range map[string]func(lock *Lock, w *LogWriter[string]) error{
+				"commit": func(lock *Lock, _ *LogWriter[string]) error {
+					_, err := lock.Commit(lock, clientv3.OpPut(nameOf(t)+"-data", ""))
+					return err
+				},
+				"write": func(_ *Lock, w *LogWriter[string]) error { _, err := w.Write(w, ""); return err },
+			} {
+				lock := mustAcquire(t, client, nameOf(t)+"-"+what)
+				w := mustWriter[string](t, lock, nameOf(t)+"-log")
+				faults.each(func(x txn) error {
+					err := x.land()
+					end(lock)
+					<-x.ctx.Done()
+					return errors.Join(err, x.ctx.Err())
+				})
+				err := call(lock, w)
+				faults.each(nil)
+				require.ErrorIs(t, err, ErrUnknownOutcome)
+				require.ErrorIs(t, err, context.Canceled)
+				require.NotErrorIs(t, err, ErrLockLost)
+				require.NotErrorIs(t, err, ErrClosed)
+				_ = lock.Close()
+			}
+		})
+	}
+}
+
 func TestCommitsAreSerialisedAndHold127Operations(t *testing.T) {
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -646,6 +683,30 @@ func TestCommitIfThatFailedCanNoLongerArrive(t *testing.T) {
 	require.Zero(t, versionOf(t, direct, data))
 	_, err = lock.CommitIf(t.Context(), open, clientv3.OpPut(data, "1"))
 	require.NoError(t, err)
+}
+
+// What rules a CommitIf out increments the key's version as well, and its own answer may be lost.
+func TestCommitIfIsNotTakenForWhatRulesItOut(t *testing.T) {
+	t.Parallel()
+	client, faults := faultyClient(t)
+	lock := mustAcquire(t, client, nameOf(t))
+	if lock.watchTimer.Stop() { // its watch sends a transaction, too
+		lock.watching.Done()
+	}
+	exists := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(nameOf(t)+"-data"), ">", 0)}
+	faults.inTurn(
+		func(txn) error { return errLost },
+		func(x txn) error { return x.send() }, // refused
+		applyThenReset(func() {}),
+	)
+	_, err := lock.CommitIf(t.Context(), exists, clientv3.OpPut(nameOf(t)+"-data", "1"))
+	require.Zero(t, versionOf(t, client, nameOf(t)+"-data"))
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	_, err = lock.CommitIf(t.Context(), exists, clientv3.OpPut(nameOf(t)+"-data", "2"))
+	require.ErrorIs(t, err, ErrConditionFailed)
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", "3"))
+	require.NoError(t, err)
+	require.EqualValues(t, 1, versionOf(t, client, nameOf(t)+"-data"))
 }
 
 // An interceptor answers in etcd's stead, so that nothing is known of what was sent.

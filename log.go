@@ -208,7 +208,7 @@ func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error
 		return 0, errorf("write log %q: %w", w.name, contextError(ctx))
 	}
 	if err := w.write(ctx, string(data)); err != nil {
-		return 0, errorf("write log %q (%d bytes): %w", w.name, len(data), withContextError(ctx, err))
+		return 0, errorf("write log %q (%d bytes): %w", w.name, len(data), withEndOf(ctx, err))
 	}
 	return w.last.version, nil
 }
