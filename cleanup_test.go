@@ -13,6 +13,7 @@ import (
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -113,6 +114,29 @@ func TestCleanupOfADiscardedKeyIsRepeatedUntilItCannotArriveAnyMore(t *testing.T
 	lease.slots.slots[key].until = time.Now()
 	lease.slots.mu.Unlock()
 	eventually(t, func() bool { return lease.slots.len() == 2*keysPerName }, "it is free when it is settled")
+}
+
+// Others may have attached keys to the lease that its owner may not read.
+func TestCleanupOfADiscardedKeyEndsThoughTheLeasesKeysCannotBeListed(t *testing.T) {
+	t.Parallel()
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if r, ok := req.(*etcdserverpb.LeaseTimeToLiveRequest); ok && r.Keys {
+			return rpctypes.ErrGRPCPermissionDenied
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	lease := mustLease(t, client, 10*time.Second)
+	key := lease.reserveKey(nameOf(t), client)
+	lease.discardKey(key, true, func(ctx context.Context) error { _, err := client.Delete(ctx, key); return err })
+	for range 2 { // which arrives late
+		_, err := client.Put(t.Context(), key, "", clientv3.WithLease(lease.ID()))
+		require.NoError(t, err)
+		waiters(t, client, nameOf(t), 0)
+	}
+	lease.slots.mu.Lock()
+	lease.slots.slots[key].until = time.Now()
+	lease.slots.mu.Unlock()
+	eventually(t, func() bool { return lease.slots.len() == 0 }, "it is free when it is settled")
 }
 
 // A request may arrive at any time later, and a restored backup may have the key of a lock that was

@@ -54,9 +54,9 @@ type Lease struct {
 	mu       sync.Mutex // guards what follows
 	expiry   time.Time
 	renewals int
-	late     bool  // a renewal is late, and that has been logged
-	denial   error // why the server refused to renew the lease, if it did the last time
-	renew    *time.Timer
+	late     bool        // a renewal is late, and that has been logged
+	denial   error       // why the server refused to renew the lease, if it did the last time
+	renew    *time.Timer // nil if it is renewed no longer
 	expire   *time.Timer
 
 	roundTrip time.Duration // of the last renewal
@@ -444,13 +444,14 @@ func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) 
 		resp, err := l.config.client.TimeToLive(ctx, l.id, clientv3.WithAttachedKeys())
 		switch {
 		case statusOf(err).code == codes.PermissionDenied: // for what others have attached
-			l.slots.removeAgain()
+			l.slots.setDenied(true)
 		case err != nil:
 			return 0, err
 		case resp.TTL < 0:
 			l.markLost(ErrLeaseRevoked)
 			return 0, nil
 		default:
+			l.slots.setDenied(false)
 			if err := removeKeys(ctx, l.config.client, l.id, l.slots.claimUnused(resp.Keys, l.id)); err != nil {
 				return 0, err
 			}
@@ -493,6 +494,7 @@ func (l *Lease) stopRenewing() {
 	l.mu.Lock()
 	if l.renew != nil {
 		l.renew.Stop()
+		l.renew = nil
 	}
 	l.mu.Unlock()
 	l.renewal.detach()
@@ -502,7 +504,7 @@ func (l *Lease) stopRenewing() {
 func (l *Lease) scheduleRenewal() {
 	timeout := l.answerTimeout()
 	l.mu.Lock()
-	l.renew.Reset(timeout)
+	l.renewAfter(timeout)
 	l.mu.Unlock()
 	// The request has waited a little less than its lease.
 	if late := l.renewal.schedule(timeout * 3 / 4); late {
@@ -566,8 +568,16 @@ func (l *Lease) extend(sentAt time.Time, ttl time.Duration) (again bool) {
 	if l.renewals == l.max || l.ctx.Err() != nil {
 		return false
 	}
-	l.renew.Reset(time.Until(sentAt.Add(l.interval)))
+	l.renewAfter(time.Until(sentAt.Add(l.interval)))
 	return true
+}
+
+// renewAfter has the lease renewed after d, unless it is renewed no longer: the timer may fire
+// while it is stopped. l.mu is held.
+func (l *Lease) renewAfter(d time.Duration) {
+	if l.renew != nil {
+		l.renew.Reset(d)
+	}
 }
 
 // handleDenied takes the server's refusal to renew the lease, for the nth time in a row.
@@ -577,7 +587,7 @@ func (l *Lease) handleDenied(err error, n int) {
 	l.denial = err
 	expiry := l.expiry
 	pause := max(min(firstDenialPause<<min(n-1, 20), time.Until(expiry)/4), firstDenialPause)
-	l.renew.Reset(pause)
+	l.renewAfter(pause)
 	l.mu.Unlock()
 	if n == 1 {
 		l.config.reporter.renewalDenied(l.id, expiry, err)
@@ -633,6 +643,7 @@ type keySlots struct {
 	slots   map[string]*keySlot // those that are not free
 	count   int64               // of all reservations
 	foreign bool                // a lock of another client uses some, which a list may show otherwise
+	denied  bool                // the keys on the lease could not be listed the last time
 	list    bool                // the keys on the lease are to be listed
 	pause   time.Duration       // until the next sweep
 }
@@ -703,7 +714,7 @@ func (s *keySlots) toRemove() map[string]*keySlot {
 	defer s.mu.Unlock()
 	slots := make(map[string]*keySlot)
 	for key, slot := range s.slots {
-		if slot.remove != nil && (!slot.removed || s.foreign) {
+		if slot.remove != nil && (!slot.removed || s.foreign || s.denied) {
 			slots[key] = slot
 		}
 	}
@@ -729,13 +740,11 @@ func (s *keySlots) setRemoved(key string, slot *keySlot) {
 	slot.removed = true
 }
 
-// removeAgain has the next sweep remove the discarded keys once more.
-func (s *keySlots) removeAgain() {
+// setDenied notes whether the keys could be listed. If not, each sweep removes the discarded ones.
+func (s *keySlots) setDenied(denied bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, slot := range s.slots {
-		slot.removed = false
-	}
+	s.denied = denied
 }
 
 // mayHaveUnused reports, at a renewal, whether the lease may have keys that no lock uses. Once a

@@ -357,6 +357,16 @@ func TestParentsEndStopsRenewalAndReleasesNothing(t *testing.T) {
 	require.ErrorIs(t, lease.Close(), ErrLeaseExpired, "by now it is lost")
 }
 
+// The timer may fire while it is stopped, and then it must not fire on and on.
+func TestLeaseThatIsRenewedNoLongerHasNoTimer(t *testing.T) {
+	t.Parallel()
+	lease := mustLease(t, testCluster.Client(t), time.Minute)
+	renew := lease.renew
+	lease.stopRenewing()
+	lease.scheduleRenewal()
+	require.False(t, renew.Stop(), "it is not set again")
+}
+
 // The rest of the clock is exact, which only fake time can show.
 func TestLeaseEndsOneMarginBeforeTheTTLOfTheLastAnsweredRenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
