@@ -428,3 +428,31 @@ func ExampleWithEveryEntry() {
 	// true
 	// 3 <nil>
 }
+
+// A reader continues where an earlier one stopped.
+func ExampleWithEntriesAfter() {
+	ctx, client := context.Background(), exampleClient()
+
+	writeLog("continued", 1, 2, 3)
+	first, err := etcdutil.NewLogReader[int](ctx, client, "continued", etcdutil.WithEveryEntry(0))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer first.Close()
+	last, err := first.Read(ctx)
+	fmt.Println(last.Value, err)
+
+	second, err := etcdutil.NewLogReader[int](ctx, client, "continued",
+		etcdutil.WithEntriesAfter(last.Version, last.Revision))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer second.Close()
+	next, err := second.Read(ctx)
+	fmt.Println(next.Value, err)
+	// Output:
+	// 1 <nil>
+	// 2 <nil>
+}
