@@ -99,8 +99,8 @@ func (c *lockConfig) attempt(waiting time.Time) LockOption {
 	})
 }
 
-// canCampaign reports whether another Acquire can succeed after one that failed with err. waiting is
-// when this process began to wait.
+// canCampaign reports whether another Acquire can succeed after one that failed with err. waiting
+// is when this process began to wait.
 func (c *lockConfig) canCampaign(ctx context.Context, waiting time.Time, err error) bool {
 	switch {
 	case ctx.Err() != nil || c.client.Ctx().Err() != nil:
