@@ -295,7 +295,7 @@ func (c *Cluster) quorum() int {
 // acknowledged. Stopping a stopped member does nothing.
 //
 // Errors:
-//   - An error that names the argument if member is no index.
+//   - An error that names the argument if no member has this index.
 //   - An error if the cluster is closed.
 func (c *Cluster) Stop(member int) error {
 	return c.change(member, func(n *node) error {
@@ -309,7 +309,7 @@ func (c *Cluster) Stop(member int) error {
 // when the member listens. Restarting a running member does nothing.
 //
 // Errors:
-//   - An error that names the argument if member is no index.
+//   - An error that names the argument if no member has this index.
 //   - An error if the cluster is closed.
 //   - Why etcd did not start, or did not serve within 30 s.
 func (c *Cluster) Restart(member int) error {
@@ -336,7 +336,7 @@ func (c *Cluster) Restart(member int) error {
 // isolated member, or the only member, does nothing.
 //
 // Errors:
-//   - An error that names the argument if member is no index.
+//   - An error that names the argument if no member has this index.
 //   - An error if the cluster is closed.
 //   - An error if the member is a process (ETCDTEST_SERVER) and the system is not Linux.
 func (c *Cluster) Isolate(member int) error {
@@ -352,7 +352,7 @@ func (c *Cluster) Isolate(member int) error {
 // that is not isolated does nothing.
 //
 // Errors:
-//   - An error that names the argument if member is no index.
+//   - An error that names the argument if no member has this index.
 //   - An error if the cluster is closed.
 func (c *Cluster) Rejoin(member int) error {
 	return c.change(member, func(n *node) error {

@@ -117,10 +117,11 @@ func (c *Cluster) passwordOf(user string) string {
 	return ""
 }
 
-// Certificate issues a certificate for a client. It is valid from now on, for this long. etcd takes
-// its common name for the name of a user without a password. To rotate a client's certificate,
-// return it from the GetClientCertificate of the client's tls.Config. Certificate returns an error
-// if the cluster has no TLS.
+// Certificate issues a client certificate with this common name. It is valid from now on, for
+// validity. With 0 or less it has expired already. etcd takes the common name for the name of a
+// user without a password. To rotate a client's certificate, return it from the
+// GetClientCertificate of the client's tls.Config. Certificate returns an error if the cluster has
+// no TLS.
 func (c *Cluster) Certificate(name string, validity time.Duration) (tls.Certificate, error) {
 	if c.authority == nil {
 		return tls.Certificate{}, errors.New("etcdtest: the cluster has no TLS")
