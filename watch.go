@@ -241,7 +241,8 @@ func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode
 		from = c.headFrom
 	}
 	w.queue.begin(from)
-	go w.deliver(from) // until the context ends, or the reflector's end is delivered
+	w.last = from
+	go w.deliver() // until the context ends, or the reflector's end is delivered
 	return w, nil
 }
 
@@ -250,7 +251,7 @@ func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode
 func newFedWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error), run func(ctx context.Context, q *queue)) *Watcher[T] {
 	w := makeWatcher(ctx, decode)
 	w.feeding.Go(func() { run(w.ctx, w.queue) })
-	go w.deliver(0) // until the context ends, or the end is delivered
+	go w.deliver() // until the context ends, or the end is delivered
 	return w
 }
 
@@ -320,72 +321,91 @@ func (w *Watcher[T]) hasStopped() bool {
 	}
 }
 
-// deliver sends to Events what the reflector has queued. It waits only for the reader and for the
-// codec, so that it always has the exact revision.
-func (w *Watcher[T]) deliver(rev Revision) {
-	queue := w.queue
-	defer func() {
-		if w.reflector != nil {
-			w.reflector.close()
-		}
-		w.last = queue.end(rev)
-		close(w.stopped)
-		close(w.events)
-	}()
+// deliver sends to Events what the reflector has queued, from revision w.last on. While it waits it
+// needs little of its stack, which is most of what an idle watcher costs.
+func (w *Watcher[T]) deliver() {
+	defer w.end()
+	for w.deliverQueued() && w.awaitQueued() {
+	}
+}
+
+func (w *Watcher[T]) end() {
+	if w.reflector != nil {
+		w.reflector.close()
+	}
+	w.last = w.queue.end(w.last)
+	close(w.stopped)
+	close(w.events)
+}
+
+func (w *Watcher[T]) awaitQueued() bool {
+	select {
+	case <-w.queue.filled:
+	case w.revision <- lookAgain:
+	case <-w.ctx.Done():
+		return false
+	}
+	return true
+}
+
+// deliverQueued delivers what is queued. It waits only for the reader and for the codec, so that it
+// always has the exact revision. It returns false when the watcher has ended.
+func (w *Watcher[T]) deliverQueued() bool {
 	for {
-		batch, upTo, wasFull := queue.take(rev)
-		rev = upTo
+		batch, upTo, wasFull := w.queue.take(w.last)
+		w.last = upTo
 		if wasFull && w.reflector != nil {
 			w.reflector.drained()
 		}
-		for i, c := range batch {
-			batch[i] = change{} // received values are not kept
-			if c.end != nil {
-				w.shutdown(c.end)
-				return
-			}
-			if c.kind == 0 && queue.reports {
-				c.kind = eventProgress
-			}
-			if c.kind != 0 && !w.send(w.event(c, rev), rev) {
-				return
-			}
-			if c.upTo != 0 {
-				rev = c.upTo
-			}
+		if len(batch) == 0 {
+			return true
 		}
-		if len(batch) > 0 {
-			continue
-		}
-		select {
-		case <-queue.filled:
-		case w.revision <- lookAgain:
-		case <-w.ctx.Done():
-			return
+		if !w.deliverBatch(batch) {
+			return false
 		}
 	}
 }
 
+func (w *Watcher[T]) deliverBatch(batch []change) bool {
+	for i, c := range batch {
+		batch[i] = change{} // received values are not kept
+		if c.end != nil {
+			w.shutdown(c.end)
+			return false
+		}
+		if c.kind == 0 && w.queue.reports {
+			c.kind = eventProgress
+		}
+		if c.kind != 0 && !w.send(w.event(c)) {
+			return false
+		}
+		if c.upTo != 0 {
+			w.last = c.upTo
+		}
+	}
+	return true
+}
+
 // send hands over an event. It reports whether the event was received.
-func (w *Watcher[T]) send(e Event[T], rev Revision) bool {
+func (w *Watcher[T]) send(e Event[T]) bool {
 	for {
 		select {
 		case w.events <- e:
 			return true
-		case w.revision <- rev:
+		case w.revision <- w.last:
 		case <-w.ctx.Done():
 			return false
 		}
 	}
 }
 
-func (w *Watcher[T]) event(c change, rev Revision) Event[T] {
+func (w *Watcher[T]) event(c change) Event[T] {
 	e := Event[T]{Type: c.kind, Revision: c.upTo}
 	if c.kv == nil {
 		return e
 	}
 	e.Key, e.Version, e.Revision, e.CreateRevision = string(c.kv.Key), c.kv.Version, c.kv.ModRevision, c.kv.CreateRevision
-	w.queue.decoding(rev) // the codec is the user's: it may block, or ask for the revision
+	w.queue.decoding(w.last) // the codec is the user's: it may block, or ask for the revision
 	defer w.queue.decoded()
 	if c.prev != nil {
 		if prev, err := w.valueOf(c.prev); err == nil {
@@ -440,10 +460,10 @@ const maxBuffered = 4 << 20
 // queue is what is read ahead.
 type queue struct {
 	filled  chan struct{} // after a push
-	taken   chan struct{} // after a take
 	reports bool          // the watcher wants to get how far the watch has come
 
 	mu      sync.Mutex
+	taken   chan struct{} // closed by the next take; nil if nobody waits for it
 	changes []change
 	bytes   int
 	full    bool
@@ -453,7 +473,7 @@ type queue struct {
 }
 
 func newQueue() *queue {
-	return &queue{filled: make(chan struct{}, 1), taken: make(chan struct{}, 1)}
+	return &queue{filled: make(chan struct{}, 1)}
 }
 
 // begin records where the watch begins.
@@ -510,7 +530,10 @@ func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull boo
 	changes, wasFull = q.changes, q.full
 	q.changes, q.bytes, q.full = nil, 0, false
 	q.inHand = len(changes) > 0
-	wake(q.taken)
+	if q.taken != nil {
+		close(q.taken)
+		q.taken = nil
+	}
 	return changes, q.upTo, wasFull
 }
 
@@ -546,18 +569,23 @@ func (q *queue) end(rev Revision) Revision {
 
 // awaitRoom waits until nothing is queued, or ctx ends.
 func (q *queue) awaitRoom(ctx context.Context) {
-	for !q.empty() && ctx.Err() == nil {
+	for taken := q.untilTaken(); taken != nil; taken = q.untilTaken() {
 		select {
-		case <-q.taken:
+		case <-taken:
 		case <-ctx.Done():
+			return
 		}
 	}
 }
 
-func (q *queue) empty() bool {
+// untilTaken returns what is closed when what is queued is taken; nil if nothing is queued.
+func (q *queue) untilTaken() <-chan struct{} {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return len(q.changes) == 0
+	if len(q.changes) > 0 && q.taken == nil {
+		q.taken = make(chan struct{})
+	}
+	return q.taken
 }
 
 func wake(c chan struct{}) {

@@ -44,10 +44,10 @@ type record struct {
 
 func decodes[T any](t *testing.T, codec Codec, value, prev []byte) Event[T] {
 	t.Helper()
-	w := &Watcher[T]{codec: codec, queue: newQueue()}
+	w := &Watcher[T]{codec: codec, queue: newQueue(), last: 6}
 	value, given := bytes.Clone(value), bytes.Clone(value)
 	kv := &mvccpb.KeyValue{Key: []byte("key"), Value: value, ModRevision: 7, Version: 3}
-	e := w.event(change{kind: EventPut, kv: kv, prev: &mvccpb.KeyValue{Key: []byte("key"), Value: prev}, upTo: 9}, 6)
+	e := w.event(change{kind: EventPut, kv: kv, prev: &mvccpb.KeyValue{Key: []byte("key"), Value: prev}, upTo: 9})
 	require.Equal(t, "key", e.Key)
 	require.EqualValues(t, 7, e.Revision)
 	require.EqualValues(t, 3, e.Version)
