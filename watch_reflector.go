@@ -370,8 +370,7 @@ type past struct {
 	newest  keyState // the newest change; zero if none is known
 }
 
-// maxSorted is of how many keys the newest is found by reading them all, which etcd does to sort
-// them.
+// maxSorted is the most keys among which the newest is looked for. etcd reads them all to sort them.
 const maxSorted = 10_000
 
 // keyState is the state of a key after a change.
@@ -527,7 +526,7 @@ func (p *past) sameKey(now *mvccpb.KeyValue, next Revision) bool {
 	return now.ModRevision == was.mod && now.CreateRevision == was.create && now.Version == was.version
 }
 
-// isTooLarge reports whether the client took no message of that size.
+// isTooLarge reports whether an answer was larger than the client accepts.
 func isTooLarge(err error) bool {
 	f := statusOf(err)
 	return f.code == codes.ResourceExhausted && strings.HasPrefix(f.message, "grpc: received message larger than max")

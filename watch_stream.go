@@ -150,8 +150,7 @@ const (
 	hubTick = 500 * time.Millisecond
 	// progressInterval is how often a stream asks for progress.
 	progressInterval, minProgressInterval = time.Second, 5 * time.Millisecond
-	// pingAfter is after how long without an answer a stream is pinged, idleTimeout after how long
-	// it is given up.
+	// A stream without an answer is pinged after pingAfter, and given up after idleTimeout.
 	pingAfter, idleTimeout = time.Second, 4 * time.Second
 	// streamLinger is how long a stream without watches is kept for the next one.
 	streamLinger = time.Second
