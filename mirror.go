@@ -62,8 +62,9 @@ const (
 // [WithSnapshot] changes nothing.
 //
 // Errors:
+//   - An error that names the argument if key is empty without WithPrefix, or an option is refused.
 //   - rpctypes.ErrPermissionDenied if the keys may not be read. Later that does not end the mirror.
-//   - what etcd answered last, if [RetryPolicy] gave up. That bounds the time without an answer
+//   - What etcd answered last, if [RetryPolicy] gave up. That bounds the time without an answer
 //     during this call. Later there is no bound.
 //   - ctx's end.
 func NewMirror[T any](ctx context.Context, client *clientv3.Client, key string, opts ...WatchOption) (*Mirror[T], error) {

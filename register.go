@@ -113,11 +113,11 @@ func (r *Registration[T]) Key() string { return r.keeper.key }
 // again. Calls take turns. ctx and RetryPolicy.Elapsed bound this call.
 //
 // Errors:
-//   - [ErrUnknownOutcome] if etcd did not confirm that. The value is written when etcd can be
+//   - [ErrUnknownOutcome] if etcd did not confirm the write. The value is written when etcd can be
 //     reached, unless it was already, or another Set comes first.
-//   - [ErrReplaced] or [ErrClosed] if the registration has ended so, or its parent's end. The value
-//     is not written.
-//   - any other error, for example that v cannot be encoded or is too large, or ctx's end: the
+//   - [ErrReplaced], [ErrClosed] or the parent's end if the registration has ended. The value is
+//     not written.
+//   - Any other error, for example that v cannot be encoded or is too large, or ctx's end. The
 //     value is not written, and the earlier one is kept.
 func (r *Registration[T]) Set(ctx context.Context, v T) error {
 	if ctx == nil {
@@ -139,8 +139,8 @@ func (r *Registration[T]) Set(ctx context.Context, v T) error {
 //
 // It returns nil when the key is removed, and else:
 //   - [ErrReplaced] if somebody else had registered the key. It is left as it is.
-//   - [ErrUnknownOutcome] if etcd did not confirm that. The error says by when the key will be
-//     gone, because its lease is no longer renewed.
+//   - [ErrUnknownOutcome] if etcd did not confirm the removal. The error says by when the key will
+//     be gone, because its lease is no longer renewed.
 func (r *Registration[T]) Close() error {
 	r.closing.Do(func() {
 		r.closeErr = r.keeper.release()
