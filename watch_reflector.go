@@ -370,7 +370,7 @@ type past struct {
 	newest  keyState // the newest change; zero if none is known
 }
 
-// maxSorted is the most keys among which the newest is looked for. etcd reads them all to sort them.
+// maxSorted is the most keys among which newest looks. etcd reads them all to sort them.
 const maxSorted = 10_000
 
 // keyState is the state of a key after a change.
