@@ -325,6 +325,46 @@ func TestWaiterWhoseWatchHasDiedSilentlyStillGetsItsTurn(t *testing.T) {
 	require.NoError(t, waiting.v.Close())
 }
 
+// The more streams were silent, the longer the next one may be. Those that were refused do not
+// count.
+func TestWaiterLeavesASilentStreamSoonAfterOthersWereRefused(t *testing.T) {
+	t.Parallel()
+	holder := mustAcquire(t, testCluster.Client(t), nameOf(t))
+	var streams atomic.Int32
+	client := newClientWith(t, grpc.WithChainStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		n := int32(0)
+		if strings.HasSuffix(method, "/Watch") {
+			n = streams.Add(1)
+		}
+		if 1 <= n && n <= 3 {
+			return nil, errLost
+		}
+		stream, err := streamer(ctx, desc, cc, method, opts...)
+		if n == 4 && err == nil {
+			stream = silentStream{stream}
+		}
+		return stream, err
+	}))
+	waiting := start(func() (*Lock, error) {
+		return Acquire(context.Background(), client, nameOf(t), WithTTL(time.Minute))
+	})
+	eventually(t, func() bool { return streams.Load() >= 4 }, "a stream is silent")
+	require.NoError(t, holder.Close())
+	within(t, 10*time.Second, waiting.done, "the waiter holds")
+	require.NoError(t, waiting.err)
+	require.NoError(t, waiting.v.Close())
+}
+
+// silentStream is a stream whose other end neither gets nor sends anything.
+type silentStream struct{ grpc.ClientStream }
+
+func (silentStream) SendMsg(any) error { return nil }
+
+func (s silentStream) RecvMsg(any) error {
+	<-s.Context().Done()
+	return s.Context().Err()
+}
+
 func TestWaiterKeepsItsPlaceThoughItsPolicyIsDefiniteOnly(t *testing.T) {
 	t.Parallel()
 	const attempt = 3 * time.Second // enough to queue up in, however slow the machine

@@ -187,6 +187,7 @@ type watchHub struct {
 	opened   int64
 	known    Revision             // etcd has come at least so far
 	failures [streamKinds]int     // in a row
+	silences [streamKinds]int     // in a row: streams that were given up without an answer
 	avoided  map[string]time.Time // members that failed, and until when they are avoided
 	timer    *time.Timer
 	released func() // from the client's context
@@ -574,13 +575,16 @@ func (h *watchHub) streamEnded(s *watchStream, err error) {
 	tooLarge := isTooLarge(err)
 	switch {
 	case s.answered:
-		h.failures[s.kind] = 0
+		h.failures[s.kind], h.silences[s.kind] = 0, 0
 	case len(s.subs) == 0:
 	case s.number > 0:
 		// It may break again and again. Those that wait must not miss the time in between.
 		h.failures[s.kind] = min(h.failures[s.kind]+1, maxBrokenBackoff)
 	default:
 		h.failures[s.kind]++
+	}
+	if s.idle && !s.answered {
+		h.silences[s.kind]++
 	}
 	if len(s.subs) > 0 && !tooLarge && !s.stalledOut {
 		h.avoid(s.member)
@@ -818,7 +822,7 @@ func (s *watchStream) tick(now time.Time) {
 	}
 	quiet := now.Sub(s.heard)
 	switch {
-	case len(s.creating) > 0 && quiet >= idleTimeout<<min(s.hub.failures[s.kind], 3):
+	case len(s.creating) > 0 && quiet >= idleTimeout<<min(s.hub.silences[s.kind], 3):
 		s.idle = true
 		s.cancel()
 		return
@@ -954,7 +958,7 @@ func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
 	s.hub.mu.Lock()
 	defer s.hub.mu.Unlock()
 	s.answered, s.heard = true, time.Now()
-	s.hub.failures[s.kind] = 0
+	s.hub.failures[s.kind], s.hub.silences[s.kind] = 0, 0
 	switch {
 	case resp.Created:
 		s.handleCreated(resp)
