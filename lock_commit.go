@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -76,7 +77,7 @@ func checkCommit(key string, conditions []clientv3.Cmp, ops []clientv3.Op) error
 		}
 	}
 	for i, op := range ops {
-		if !op.IsGet() && !op.IsPut() && !op.IsDelete() && !op.IsTxn() {
+		if !isOp(op) {
 			return errorf("ops[%d] is not an operation", i)
 		}
 		if writes(op, []byte(key)) {
@@ -84,6 +85,15 @@ func checkCommit(key string, conditions []clientv3.Cmp, ops []clientv3.Op) error
 		}
 	}
 	return nil
+}
+
+// isOp reports whether op is an operation. clientv3 panics at the zero Op, nested ones included.
+func isOp(op clientv3.Op) bool {
+	if op.IsTxn() {
+		_, then, otherwise := op.Txn()
+		return !slices.ContainsFunc(slices.Concat(then, otherwise), func(nested clientv3.Op) bool { return !isOp(nested) })
+	}
+	return op.IsGet() || op.IsPut() || op.IsDelete()
 }
 
 // writes reports whether op may write key.

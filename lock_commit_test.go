@@ -378,6 +378,7 @@ func TestCommitRefusesWhatWritesItsOwnKey(t *testing.T) {
 		"delete a range":    clientv3.OpDelete(nameOf(t), clientv3.WithRange(lock.Key()+"\x00")),
 		"nested":            clientv3.OpTxn(nil, nil, []clientv3.Op{clientv3.OpTxn(nil, []clientv3.Op{clientv3.OpDelete(lock.Key())}, nil)}),
 		"no operation":      {},
+		"none nested":       clientv3.OpTxn(nil, nil, []clientv3.Op{{}}),
 	} {
 		_, err := lock.Commit(t.Context(), op)
 		require.ErrorContains(t, err, "ops[0]", name)
