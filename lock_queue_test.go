@@ -203,7 +203,8 @@ func TestLaggingMemberHidesNeitherAHolderNorADeletion(t *testing.T) {
 	direct, behind := newClient(t, others...), newClient(t, cluster.Endpoints()[lagging])
 	var asked [2]atomic.Bool
 	clients := make([]*clientv3.Client, len(asked))
-	for i := range clients { // the first transaction of each that only reads goes to the lagging member
+	// The first transaction of each client that only reads goes to the lagging member.
+	for i := range clients {
 		var err error
 		clients[i], err = clientv3.New(clientv3.Config{Endpoints: others, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{
 			grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
