@@ -289,16 +289,19 @@ func (m *Mirror[T]) Wait(ctx context.Context, r Revision) error {
 	if m.Revision() >= r {
 		return nil
 	}
-	if err := m.await(ctx, m.reports.Receiver(), r); err != nil {
+	if err := m.await(ctx, m.reports.Receiver(), r, true); err != nil {
 		return errorf("wait for revision %d of mirror %q: %w", r, m.key, err)
 	}
 	return nil
 }
 
-// await asks how far the watch has come until a report says that it has come to r.
-func (m *Mirror[T]) await(ctx context.Context, reports *Receiver[Revision], r Revision) error {
-	for pause := 10 * time.Millisecond; ; pause = min(2*pause, mirrorMaxBackoff) {
-		if w := m.watcher.Load(); w != nil {
+// await waits until a report says that the watch has come to r. It asks etcd how far that is, after
+// a while also if ask is false: then no change is expected.
+func (m *Mirror[T]) await(ctx context.Context, reports *Receiver[Revision], r Revision, ask bool) error {
+	for pause := 10 * time.Millisecond; ; pause, ask = min(2*pause, mirrorMaxBackoff), true {
+		w := m.watcher.Load()
+		w.report()
+		if ask {
 			w.askProgress()
 		}
 		attempt, cancel := context.WithTimeout(ctx, pause)
@@ -339,8 +342,8 @@ func (m *Mirror[T]) keepVerifying() {
 }
 
 // verify moves AsOf to now, if the copy is up to date. It reads the store's revision, from the
-// quorum. If the copy is of another, verify waits for the watch to report that it has come so far.
-// A report from before the read would prove nothing, because etcd may have been restored since.
+// quorum, and waits for the watch to report that it has come so far. A report from before the read
+// would prove nothing, nor would a copy of the same revision: etcd may have been restored since.
 func (m *Mirror[T]) verify() {
 	ctx, cancel := context.WithTimeout(m.ctx, verifyTimeout)
 	defer cancel()
@@ -359,7 +362,7 @@ func (m *Mirror[T]) verify() {
 	reports := m.reports.Receiver()
 	_, _ = reports.Recv(ctx) // the last from before
 	rev := resp.Header.Revision
-	if m.Revision() == rev || m.await(ctx, reports, rev) == nil {
+	if m.await(ctx, reports, rev, m.Revision() < rev) == nil {
 		m.asOf.Store(&sent)
 	}
 }

@@ -439,6 +439,38 @@ func TestMirrorAsOfIsNeverLaterThanWhatItHas(t *testing.T) {
 	require.True(t, ok)
 }
 
+func TestMirrorAsOfMindsARestoreToTheSameRevision(t *testing.T) {
+	t.Parallel()
+	cluster, key := etcdtest.Start(t, 1), nameOf(t)
+	mustPut(t, cluster.Client(t), key, "0")
+	require.NoError(t, cluster.Backup())
+	client, mirrors := cluster.Client(t), make([]*Mirror[string], 30) // which ask etcd at different times
+	for i := range mirrors {
+		mirrors[i] = mustMirror[string](t, client, key, WithCodec(Raw))
+	}
+	for i := range 4 {
+		value := strconv.Itoa(i + 1)
+		rev := mustPut(t, cluster.Client(t), key, value)
+		written := time.Now()
+		for behind := 1; behind > 0; time.Sleep(time.Millisecond) {
+			behind = 0
+			for _, m := range mirrors {
+				asOf := m.AsOf()
+				if got, _ := m.Get(key); got != value {
+					require.False(t, asOf.After(written), "AsOf is %v after a write that is missing", asOf.Sub(written))
+					behind++
+				}
+			}
+			require.Less(t, time.Since(written), patience)
+		}
+		for _, m := range mirrors {
+			require.Equal(t, rev, m.Revision())
+			eventually(t, func() bool { return m.AsOf().After(written) }, "AsOf moves")
+		}
+		require.NoError(t, cluster.Restore())
+	}
+}
+
 func TestMirrorAsOfStandsStillBehindABlackHole(t *testing.T) {
 	t.Parallel()
 	client, link := linkedClient(t)
@@ -501,7 +533,12 @@ func TestMirrorEndsThoughItsCodecBlocks(t *testing.T) {
 	defer close(codec.release)
 	m := mustMirror[string](t, client, prefix, WithPrefix(), WithCodec(codec))
 	mustPut(t, client, prefix+"a", "block")
-	time.Sleep(100 * time.Millisecond)
+	queue := m.watcher.Load().queue
+	eventually(t, func() bool {
+		queue.mu.Lock()
+		defer queue.mu.Unlock()
+		return queue.held
+	}, "the codec is at work")
 	took := testclock.Time(func() { require.NoError(t, m.Close()) })
 	require.Less(t, took, maxClosing+time.Second)
 

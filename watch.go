@@ -431,6 +431,10 @@ func (w *Watcher[T]) valueOf(kv *mvccpb.KeyValue) (T, error) {
 // come.
 func (w *Watcher[T]) askProgress() { w.reflector.source.askProgress(&w.reflector.sub) }
 
+// report has the watcher report how far it has come, after all that it has received so far, if its
+// watch stands. It never blocks.
+func (w *Watcher[T]) report() { w.reflector.source.report(&w.reflector.sub) }
+
 // change is what a reflector has for its watcher: an event, how far the reflector has come, or its
 // end.
 type change struct {

@@ -268,7 +268,7 @@ func (r *reflector) compacted(Revision) { r.resyncOrGap(rpctypes.ErrCompacted) }
 
 func (r *reflector) deliver(events []*mvccpb.Event, upTo Revision) (room bool) {
 	if len(events) == 0 {
-		if upTo >= r.sub.from {
+		if upTo >= r.sub.from || r.reports && upTo == r.sub.from-1 {
 			r.queue.pass(upTo)
 		}
 		return true

@@ -98,6 +98,8 @@ type watchSource interface {
 	locked(f func())
 	// askProgress asks now how far the watch has come.
 	askProgress(sub *watchSub)
+	// report delivers how far a watch that stands has come, behind what was delivered before.
+	report(sub *watchSub)
 	// stop ends a watch: its user is not called any more.
 	stop(sub *watchSub)
 }
@@ -260,6 +262,14 @@ func (r hubRef) askProgress(sub *watchSub) {
 	defer h.mu.Unlock()
 	if sub.current != nil && sub.current.created {
 		sub.home.askProgress(time.Now())
+	}
+}
+
+func (r hubRef) report(sub *watchSub) {
+	h := r.lock()
+	defer h.mu.Unlock()
+	if sub.current != nil && sub.current.created && !sub.home.ended {
+		sub.user.deliver(nil, sub.next-1)
 	}
 }
 

@@ -70,6 +70,15 @@ func (w *wrappedSource) askProgress(*watchSub) {
 	}
 }
 
+// report cannot exclude that clientv3 is about to resume the watch.
+func (w *wrappedSource) report(sub *watchSub) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.cancel != nil && sub.next != 0 {
+		sub.user.deliver(nil, sub.next-1)
+	}
+}
+
 func (w *wrappedSource) stop(sub *watchSub) {
 	w.mu.Lock()
 	sub.stopped = true
