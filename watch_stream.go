@@ -73,6 +73,7 @@ type watchSub struct {
 	epoch   int      // counts changes of state: what was begun before is void
 	stopped bool
 	behind  bool // its reader was: it gets a stream of its own
+	paused  bool // it is parked until its reader has room, and for no other reason
 	large   bool // a message was too large: it asks for fragments
 	retries int
 	waiting bool // to be created again
@@ -91,9 +92,9 @@ type watchSource interface {
 	// restart begins a parked watch anew, at a revision, with its history checked when so many
 	// streams had been opened.
 	restart(sub *watchSub, next Revision, streams int64)
-	// drained reports that the reader of a watch has room again. It returns true if the watch is
-	// parked.
-	drained(sub *watchSub) (parked bool)
+	// drained reports that the reader of a watch has room again. It returns true once if the watch
+	// was parked for that. It returns false if a list is what the reader has read.
+	drained(sub *watchSub) (resume bool)
 	// locked calls f as the methods of the watch's user are called.
 	locked(f func())
 	// askProgress asks now how far the watch has come.
@@ -248,13 +249,14 @@ func (r hubRef) restart(sub *watchSub, next Revision, streams int64) {
 	r.start(sub)
 }
 
-func (r hubRef) drained(sub *watchSub) (parked bool) {
+func (r hubRef) drained(sub *watchSub) (resume bool) {
 	h := r.lock()
 	defer h.mu.Unlock()
 	if sub.home != nil {
 		wake(sub.home.drained)
 	}
-	return sub.home == nil && !sub.waiting
+	resume, sub.paused = sub.paused, false
+	return resume
 }
 
 func (r hubRef) askProgress(sub *watchSub) {
@@ -503,6 +505,13 @@ func (h *watchHub) park(sub *watchSub) {
 		delete(sub.home.subs, sub)
 	}
 	sub.home, sub.current, sub.moving, sub.waiting = nil, nil, nil, false
+	sub.paused = false
+}
+
+// pause parks a watch until its reader has room.
+func (h *watchHub) pause(sub *watchSub) {
+	h.park(sub)
+	sub.paused = true
 }
 
 // again creates a watch anew after a while.
@@ -958,7 +967,7 @@ func (s *watchStream) waitForReader() bool {
 	}
 	s.stalledOut = true
 	for _, sub := range slices.Collect(maps.Keys(s.subs)) {
-		h.park(sub)
+		h.pause(sub)
 	}
 	return false
 }
@@ -1212,7 +1221,7 @@ func (s *watchStream) handleEvents(resp *pb.WatchResponse) (full bool) {
 		sub.large = true
 	}
 	sub.behind = true
-	s.hub.park(sub)
+	s.hub.pause(sub)
 	return false
 }
 

@@ -52,14 +52,14 @@ func (w *wrappedSource) restart(sub *watchSub, next Revision, _ int64) {
 	w.start(sub)
 }
 
-func (w *wrappedSource) drained(*watchSub) (parked bool) {
+func (w *wrappedSource) drained(sub *watchSub) (resume bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.cancel == nil {
-		return true
+	if w.cancel != nil {
+		wake(w.more)
 	}
-	wake(w.more)
-	return false
+	resume, sub.paused = sub.paused, false
+	return resume
 }
 
 func (w *wrappedSource) askProgress(*watchSub) {
@@ -192,7 +192,7 @@ func (w *wrappedSource) follow(ctx context.Context, sub *watchSub) (heard bool, 
 		if resp.Created && sub.forLock && !w.check(ctx, sub) {
 			return heard, context.Cause(ctx)
 		}
-		if !room && !w.waitForReader(ctx, cancel) {
+		if !room && !w.waitForReader(ctx, cancel, sub) {
 			return heard, errReaderBehind
 		}
 		silent.Reset(idleTimeout)
@@ -217,7 +217,7 @@ func (w *wrappedSource) startAsking(ctx context.Context) *time.Timer {
 
 // waitForReader waits until the reader has come on. After a while the watch ends, so that etcd
 // keeps nothing for it.
-func (w *wrappedSource) waitForReader(ctx context.Context, cancel context.CancelCauseFunc) bool {
+func (w *wrappedSource) waitForReader(ctx context.Context, cancel context.CancelCauseFunc, sub *watchSub) bool {
 	timeout := time.NewTimer(slowReaderGrace)
 	defer timeout.Stop()
 	select {
@@ -234,6 +234,7 @@ func (w *wrappedSource) waitForReader(ctx context.Context, cancel context.Cancel
 	case <-w.more:
 	default:
 		w.park()
+		sub.paused = true
 	}
 	return false
 }
