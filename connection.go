@@ -3,6 +3,7 @@ package etcdutil
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -102,4 +103,31 @@ func connectionError(client *clientv3.Client) error {
 		return nil
 	}
 	return err
+}
+
+// skipTime is after how long skipMembers sends its requests. clientv3 has sent its own by then, and
+// etcd takes longer to answer that.
+const skipTime = 500 * time.Microsecond
+
+// skipMembers has the stream that is opened next reach another member than the last one, where
+// clientv3 fetches a token for each stream. gRPC takes the members in turn: of two of them one
+// would always get the request for the token, and the other one the stream. So requests are sent in
+// between. stop ends them.
+func skipMembers(ctx context.Context, client *clientv3.Client) (stop func()) {
+	members := len(client.Endpoints())
+	if client.Username == "" || members < 2 {
+		return func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	skip := time.AfterFunc(skipTime, func() {
+		for range 1 + rand.N(members-1) {
+			go func() { // until it is answered or ctx ends
+				_, _ = etcdserverpb.NewMaintenanceClient(client.ActiveConnection()).Status(ctx, &etcdserverpb.StatusRequest{})
+			}()
+		}
+	})
+	return func() {
+		skip.Stop()
+		cancel()
+	}
 }

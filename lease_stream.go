@@ -329,7 +329,9 @@ func (s *renewStream) openElsewhere(ctx context.Context) (keepAliveStream, error
 	remote, stuck := clientv3.RetryLeaseClient(s.client), s.stuck()
 	stream, err := remote.LeaseKeepAlive(ctx)
 	for others := 2 * len(s.client.Endpoints()); others > 0 && err == nil && stuck != "" && memberOf(stream) == stuck; others-- {
+		stop := skipMembers(ctx, s.client)
 		stream, err = remote.LeaseKeepAlive(ctx)
+		stop()
 	}
 	return stream, err
 }

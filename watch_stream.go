@@ -703,9 +703,11 @@ func (s *watchStream) open() (pb.Watch_WatchClient, error) {
 	if s.fragment {
 		limit = math.MaxInt32 // a single event may be larger than fragments are
 	}
+	inTurn := func() {}
 	for tries := 2 * len(s.hub.client.Endpoints()); ; tries-- {
 		ctx, cancel := context.WithCancel(s.ctx)
 		rpc, err := remote.Watch(ctx, grpc.MaxCallRecvMsgSize(limit))
+		inTurn()
 		if err != nil {
 			cancel()
 			return nil, err
@@ -716,6 +718,7 @@ func (s *watchStream) open() (pb.Watch_WatchClient, error) {
 			return rpc, nil
 		}
 		cancel()
+		inTurn = skipMembers(s.ctx, s.hub.client)
 	}
 }
 
