@@ -30,7 +30,7 @@ type keyWatch struct {
 
 func (k *keyWatch) stop() { k.source.stop(&k.sub) }
 
-func (k *keyWatch) history(Revision) []clientv3.Op { return nil }
+func (k *keyWatch) history(Revision) ([]clientv3.Op, int) { return nil, 0 }
 
 func (k *keyWatch) checked(resp *clientv3.TxnResponse, err error) historyVerdict {
 	switch {
@@ -43,7 +43,7 @@ func (k *keyWatch) checked(resp *clientv3.TxnResponse, err error) historyVerdict
 	return resumeWatch
 }
 
-func (k *keyWatch) present() []clientv3.Op { return nil }
+func (k *keyWatch) present() ([]clientv3.Op, int) { return nil, 0 }
 
 func (k *keyWatch) unchanged(*clientv3.TxnResponse) bool { return false }
 

@@ -314,15 +314,15 @@ func (r *reflector) changeOf(e *mvccpb.Event) change {
 // errRestored says that etcd has gone back to an older state, and may have been written since.
 var errRestored = errors.New("etcd has another history: it was restored")
 
-func (r *reflector) history(next Revision) []clientv3.Op {
+func (r *reflector) history(next Revision) (ops []clientv3.Op, cost int) {
 	at := next - 1
 	if r.atNext {
 		at = next
 	}
 	if at <= 0 {
-		return nil
+		return nil, 0
 	}
-	return r.past.reads(r, at)
+	return r.past.reads(r, at), r.past.cost(r)
 }
 
 func (r *reflector) checked(resp *clientv3.TxnResponse, err error) historyVerdict {
@@ -353,7 +353,9 @@ func (r *reflector) checked(resp *clientv3.TxnResponse, err error) historyVerdic
 	return parkWatch
 }
 
-func (r *reflector) present() []clientv3.Op { return r.past.reads(r, 0) }
+func (r *reflector) present() (ops []clientv3.Op, cost int) {
+	return r.past.reads(r, 0), r.past.cost(r)
+}
 
 func (r *reflector) unchanged(resp *clientv3.TxnResponse) bool {
 	return r.past.counted && r.past.same(r, resp)
@@ -380,6 +382,7 @@ type keyState struct {
 	create  Revision
 	version int64
 	value   uint64 // its hash
+	size    int    // of the value
 	hashed  bool
 	deleted bool
 }
@@ -437,8 +440,12 @@ func (p *past) prepend(before past) {
 // hash keeps the value of the newest change.
 func (p *past) hash(e *mvccpb.Event) {
 	if e.Type != mvccpb.DELETE && string(e.Kv.Key) == p.newest.key {
-		p.newest.value, p.newest.hashed = hashOf(e.Kv.Value), true
+		p.newest.hash(e.Kv.Value)
 	}
+}
+
+func (k *keyState) hash(value []byte) {
+	k.value, k.size, k.hashed = hashOf(value), len(value), true
 }
 
 // listed takes a key of a list.
@@ -446,7 +453,7 @@ func (p *past) listed(kv *mvccpb.KeyValue) {
 	p.count++
 	if kv.ModRevision > p.newest.mod {
 		p.newest = stateOfKey(kv)
-		p.newest.value, p.newest.hashed = hashOf(kv.Value), true
+		p.newest.hash(kv.Value)
 	}
 }
 
@@ -476,6 +483,28 @@ func (p *past) reads(r *reflector, at Revision) []clientv3.Op {
 		return append(ops, r.watched(r.key, clientv3.WithRev(at), clientv3.WithCountOnly()))
 	}
 	return ops
+}
+
+// keyCost is about what etcd does for a key that it reads to sort it, as a number of bytes.
+const keyCost = 200
+
+// cost is about what etcd does for what reads returns.
+func (p *past) cost(r *reflector) (cost int) {
+	if p.newest.hashed {
+		cost += p.newest.size
+	}
+	keys := int(max(p.count, 0))
+	if !p.counted { // there may be as many
+		keys = max(keys, maxSorted)
+	}
+	switch {
+	case !r.prefix:
+	case keys <= maxSorted:
+		cost += keys * keyCost
+	default:
+		cost += keys // they are only counted
+	}
+	return cost
 }
 
 // same reports whether etcd's history is what it was.

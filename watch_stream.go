@@ -24,14 +24,14 @@ import (
 // A watchUser uses a watch. Its methods are called one at a time, under the mutex of whoever keeps
 // the watch, so they must neither block nor call back.
 type watchUser interface {
-	// history returns what to read before the watch is resumed at next; nothing if there is nothing
-	// to check.
-	history(next Revision) []clientv3.Op
+	// history returns what to read before the watch is resumed at next, and about how many bytes
+	// etcd handles for that; nothing if there is nothing to check.
+	history(next Revision) (ops []clientv3.Op, cost int)
 	// checked takes the answer to history, or why there is none.
 	checked(resp *clientv3.TxnResponse, err error) historyVerdict
 	// present returns what to read to find out whether the watched keys are what they were, and
 	// unchanged takes the answer.
-	present() []clientv3.Op
+	present() (ops []clientv3.Op, cost int)
 	unchanged(resp *clientv3.TxnResponse) bool
 	// created reports that the watch stands, on a member of this revision.
 	created(rev Revision)
@@ -179,6 +179,7 @@ type watchHub struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	reads  *batchReader
+	checks *batchReader // of locks' keys, which wait for no other reads
 
 	mu       sync.Mutex
 	ended    bool
@@ -322,6 +323,7 @@ func newWatchHub(client *clientv3.Client) *watchHub {
 	// Every watch needs a leader, so that a member that is cut off from the quorum is left.
 	h.ctx, h.cancel = context.WithCancel(clientv3.WithRequireLeader(context.Background()))
 	h.reads = &batchReader{ctx: h.ctx, client: client}
+	h.checks = &batchReader{ctx: h.ctx, client: client}
 	stop := context.AfterFunc(client.Ctx(), h.clientClosed)
 	h.released = func() { stop() }
 	h.timer = time.AfterFunc(hubTick, h.tick)
@@ -438,10 +440,11 @@ func (h *watchHub) newStream(kind streamKind, fragment bool) *watchStream {
 // The check comes after the stream was opened. If etcd is restored after that, the stream breaks.
 func (h *watchHub) advance(sub *watchSub) {
 	if sub.checkAt < sub.home.number && sub.next != 0 && !sub.forLock {
-		if ops := sub.user.history(sub.next); len(ops) > 0 {
+		if ops, cost := sub.user.history(sub.next); len(ops) > 0 {
 			epoch, opened := sub.epoch, h.opened
 			h.reads.add(readRequest{
 				ops:    ops,
+				cost:   cost,
 				failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 				done: func(resp *clientv3.TxnResponse, err error) {
 					h.whileIn(sub, epoch, func() { h.checked(sub, opened, resp, err) })
@@ -893,8 +896,10 @@ func (s *watchStream) lookForProgress(now time.Time) {
 
 func (s *watchStream) lookAt(r *registration) {
 	epoch := r.sub.epoch
+	ops, cost := r.sub.user.present()
 	s.hub.reads.add(readRequest{
-		ops:    r.sub.user.present(),
+		ops:    ops,
+		cost:   cost,
 		failed: func(error) {},
 		done: func(resp *clientv3.TxnResponse, err error) {
 			s.hub.whileIn(r.sub, epoch, func() {
@@ -1042,7 +1047,7 @@ func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
 // readKey reads the key of a watch that was created from now on: it may have been deleted before.
 func (h *watchHub) readKey(sub *watchSub) {
 	epoch := sub.epoch
-	h.reads.add(readRequest{
+	h.checks.add(readRequest{
 		guards: sub.guards,
 		failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 		done: func(resp *clientv3.TxnResponse, err error) {
@@ -1240,6 +1245,7 @@ func splitLastRevision(events []*mvccpb.Event) (whole, rest []*mvccpb.Event) {
 // A readRequest is for a batchReader.
 type readRequest struct {
 	ops    []clientv3.Op
+	cost   int                                         // about how many bytes etcd handles for ops
 	guards []clientv3.Cmp                              // compared as well
 	failed func(err error)                             // an attempt failed, and is repeated
 	done   func(resp *clientv3.TxnResponse, err error) // with as many responses as ops
@@ -1260,6 +1266,12 @@ const (
 	maxReaders = 4
 	// maxBatch is how many operations are read at once; etcd takes 128.
 	maxBatch = 100
+	// maxBatchCost is what a batch may cost, unless a single request costs more. A batch that etcd
+	// cannot read in time would be repeated for ever.
+	maxBatchCost = 2 << 20
+	// maxReadTimeout bounds an attempt to read a batch that costs nothing. For each second more
+	// leastReadRate bytes are read.
+	maxReadTimeout, leastReadRate = 4 * time.Second, 100 << 10
 )
 
 func (b *batchReader) add(r readRequest) {
@@ -1285,10 +1297,13 @@ func (b *batchReader) run() {
 func (b *batchReader) take() []readRequest {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	n, ops := 0, 0
-	for n < len(b.queue) && (n == 0 || ops+b.queue[n].size() <= maxBatch) {
+	n, ops, cost := 0, 0, 0
+	for ; n < len(b.queue); n++ {
 		ops += b.queue[n].size()
-		n++
+		cost += b.queue[n].cost
+		if n > 0 && (ops > maxBatch || cost > maxBatchCost) {
+			break
+		}
 	}
 	batch := b.queue[:n:n]
 	b.queue = b.queue[n:]
@@ -1301,20 +1316,28 @@ func (b *batchReader) take() []readRequest {
 
 func (r readRequest) size() int { return len(r.ops) + len(r.guards) }
 
+// timeout bounds an attempt. It grows only after all endpoints have failed.
+func (b *batchReader) timeout(failed, cost int) time.Duration {
+	limit := maxReadTimeout + time.Duration(cost)*time.Second/leastReadRate
+	return min(time.Second<<min(failed/max(len(b.client.Endpoints()), 1), 6), limit)
+}
+
 // read repeats a batch until it is answered. If it is refused, each request is read by itself.
 func (b *batchReader) read(batch []readRequest) {
 	var ops []clientv3.Op
 	var guards []clientv3.Cmp
+	cost := 0
 	for _, r := range batch {
 		ops = append(ops, r.ops...)
 		guards = append(guards, r.guards...)
+		cost += r.cost
 	}
 	if len(ops) == 0 {
 		ops = linearized(guards)
 	}
 	policy := RetryPolicy{}.withDefaults()
 	for failed := 1; ; failed++ {
-		resp, timedOut, err := attemptOnce(b.ctx, b.client, time.Second<<min(failed-1, 2), func(ctx context.Context) (*clientv3.TxnResponse, error) {
+		resp, timedOut, err := attemptOnce(b.ctx, b.client, b.timeout(failed-1, cost), func(ctx context.Context) (*clientv3.TxnResponse, error) {
 			return b.client.Txn(ctx).If(guards...).Then(ops...).Else(ops...).Commit()
 		})
 		switch {

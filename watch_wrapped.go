@@ -124,13 +124,15 @@ func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
 	reads := &batchReader{ctx: ctx, client: w.client}
 	for {
 		var ops []clientv3.Op
-		w.locked(func() { ops = sub.user.history(sub.next) })
+		var cost int
+		w.locked(func() { ops, cost = sub.user.history(sub.next) })
 		if len(ops)+len(sub.guards) == 0 {
 			return true
 		}
 		result := parkWatch // where ctx ended
 		reads.read([]readRequest{{
 			ops:    ops,
+			cost:   cost,
 			guards: sub.guards,
 			failed: func(err error) { w.locked(func() { sub.user.failed(err) }) },
 			done: func(resp *clientv3.TxnResponse, err error) {
