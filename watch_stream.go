@@ -657,6 +657,7 @@ type watchStream struct {
 	member   string // at the other end
 	ended    bool
 	closed   bool // takes no new watches, since its token expired
+	served   bool // a watch was created on it
 	direct   bool // etcd itself is at the other end: it answers in order, with our IDs
 	proxied  bool // etcd's gRPC proxy is: it chooses the IDs, and answers no request for progress
 	subs     map[*watchSub]struct{}
@@ -1026,7 +1027,7 @@ func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
 		s.push(cancelRequest(r.id))
 		return
 	}
-	s.byID[r.id] = r
+	s.byID[r.id], s.served = r, true
 	sub := r.sub
 	sub.retries = 0
 	sub.settled = sub.settled || s.kind == liveStream
@@ -1078,7 +1079,8 @@ func (s *watchStream) handleRefused(r *registration, resp *pb.WatchResponse) {
 	err := watchRefusal(resp.CancelReason)
 	expired := statusOf(err).code == codes.Unauthenticated || errors.Is(err, rpctypes.ErrAuthOldRevision)
 	if expired {
-		// The token that the stream was opened with has expired. Its watches go on.
+		// The token that the stream was opened with has expired. Its watches go on. If it has
+		// none, the next stream's may be no better.
 		s.closed = true
 		s.kind = catchUpStream
 	}
@@ -1089,7 +1091,7 @@ func (s *watchStream) handleRefused(r *registration, resp *pb.WatchResponse) {
 		if sub.home != s {
 			delete(s.subs, sub)
 		}
-	case expired:
+	case expired && s.served:
 		h.park(sub)
 		h.place(sub)
 	case errors.Is(err, rpctypes.ErrPermissionDenied):
