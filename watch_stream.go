@@ -155,6 +155,11 @@ const (
 	progressInterval, minProgressInterval = time.Second, 5 * time.Millisecond
 	// A stream without an answer is pinged after pingAfter, and given up after idleTimeout.
 	pingAfter, idleTimeout = time.Second, 4 * time.Second
+	// openTimeout is how long a stream may take to open.
+	openTimeout = 2 * time.Second
+	// maxPatience bounds how often the timeouts grow after every endpoint has failed. While one
+	// endpoint is good a dead connection is left after the shortest.
+	maxPatience = 1
 	// streamLinger is how long a stream without watches is kept for the next one.
 	streamLinger = time.Second
 	// avoidMember is how long a member that failed is avoided while there are others.
@@ -192,6 +197,7 @@ type watchHub struct {
 	known    Revision             // etcd has come at least so far
 	failures [streamKinds]int     // in a row
 	silences [streamKinds]int     // in a row: streams that were given up without an answer
+	ticked   time.Time            // when tick last ran
 	avoided  map[string]time.Time // members that failed, and until when they are avoided
 	timer    *time.Timer
 	released func() // from the client's context
@@ -326,6 +332,7 @@ func newWatchHub(client *clientv3.Client) *watchHub {
 	h.checks = &batchReader{ctx: h.ctx, client: client}
 	stop := context.AfterFunc(client.Ctx(), h.clientClosed)
 	h.released = func() { stop() }
+	h.ticked = time.Now()
 	h.timer = time.AfterFunc(hubTick, h.tick)
 	return h
 }
@@ -417,7 +424,6 @@ func (h *watchHub) newStream(kind streamKind, fragment bool) *watchStream {
 		kind:     kind,
 		fragment: fragment,
 		born:     now,
-		heard:    now,
 		used:     now,
 		subs:     make(map[*watchSub]struct{}),
 		byID:     make(map[int64]*registration),
@@ -555,13 +561,22 @@ func (h *watchHub) streamToMoveTo(sub *watchSub) *watchStream {
 	return h.shared(&h.live, liveStream)
 }
 
+// patience returns how often a timeout is to grow after so many failures: not before every
+// endpoint has failed.
+func (h *watchHub) patience(failed int) int {
+	return min(failed/max(len(h.client.Endpoints()), 1), maxPatience)
+}
+
 // tick looks after the streams. It ends the hub when it has neither streams nor watches.
 func (h *watchHub) tick() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
+	// A process that was suspended, or had no time to run, has yet to receive what was answered.
+	passed := min(now.Sub(h.ticked), 2*hubTick)
+	h.ticked = now
 	for s := range h.all {
-		s.tick(now)
+		s.tick(now, passed)
 	}
 	if len(h.all) == 0 && len(h.subs) == 0 {
 		h.ended = true
@@ -668,14 +683,15 @@ type watchStream struct {
 	out      []*pb.WatchRequest
 
 	answered   bool
-	heard      time.Time // when the last answer came
-	pinged     bool      // and not answered
-	asked      int       // how many requests for progress were sent
-	settled    int       // how many of them were answered or dropped
-	askedAt    time.Time // when the last was sent
-	used       time.Time // when it last had watches
-	stalledOut bool      // it waited too long for its reader
-	idle       bool      // it was given up because it did not answer
+	quiet      time.Duration // since the last answer
+	full       bool          // it waits for its reader, and takes no answers meanwhile
+	pinged     bool          // and not answered
+	asked      int           // how many requests for progress were sent
+	settled    int           // how many of them were answered or dropped
+	askedAt    time.Time     // when the last was sent
+	used       time.Time     // when it last had watches
+	stalledOut bool          // it waited too long for its reader
+	idle       bool          // it was given up because it did not answer
 }
 
 func (s *watchStream) run(delay time.Duration, failed int) {
@@ -685,7 +701,7 @@ func (s *watchStream) run(delay time.Duration, failed int) {
 		redial(s.hub.client)
 	}
 	// Opening may wait for a token from a member that is stuck.
-	timeout := time.AfterFunc(2*time.Second<<min(failed, 4), s.cancel)
+	timeout := time.AfterFunc(openTimeout<<(2*s.hub.patience(failed)), s.cancel)
 	rpc, err := s.open()
 	timeout.Stop()
 	if err == nil {
@@ -741,7 +757,7 @@ func (s *watchStream) opened(rpc pb.Watch_WatchClient) {
 	defer h.mu.Unlock()
 	h.opened++
 	s.number = h.opened
-	s.heard = time.Now()
+	s.quiet = 0
 	for _, sub := range slices.Collect(maps.Keys(s.subs)) {
 		if sub.home == s && sub.current == nil {
 			h.advance(sub)
@@ -836,23 +852,26 @@ func (r *registration) drop() {
 	}
 }
 
-func (s *watchStream) tick(now time.Time) {
+func (s *watchStream) tick(now time.Time, passed time.Duration) {
 	if len(s.subs) > 0 {
 		s.used = now
 	} else if s.kind == catchUpStream || s.kind == ownStream || s.closed || now.Sub(s.used) >= streamLinger {
+		s.ended = true // no watch joins it any more
 		s.cancel()
 		return
 	}
 	if s.number == 0 {
 		return
 	}
-	quiet := now.Sub(s.heard)
+	if s.quiet += passed; s.full {
+		s.quiet = 0
+	}
 	switch {
-	case len(s.creating) > 0 && quiet >= idleTimeout<<min(s.hub.silences[s.kind], 3):
+	case len(s.creating) > 0 && s.quiet >= idleTimeout<<s.hub.patience(s.hub.silences[s.kind]):
 		s.idle = true
 		s.cancel()
 		return
-	case !s.pinged && quiet >= pingAfter && (s.direct || len(s.creating) == 0):
+	case !s.pinged && s.quiet >= pingAfter && (s.direct || len(s.creating) == 0):
 		s.pinged = true
 		s.creating = append(s.creating, nil)
 		s.push(pingRequest())
@@ -959,7 +978,7 @@ func (s *watchStream) waitForReader() bool {
 	case <-s.drained:
 		s.hub.mu.Lock()
 		defer s.hub.mu.Unlock()
-		s.heard = time.Now()
+		s.full = false
 		return true
 	case <-s.ctx.Done():
 		return false
@@ -970,7 +989,7 @@ func (s *watchStream) waitForReader() bool {
 	defer h.mu.Unlock()
 	select {
 	case <-s.drained:
-		s.heard = time.Now()
+		s.full = false
 		return true
 	default:
 	}
@@ -985,7 +1004,7 @@ func (s *watchStream) waitForReader() bool {
 func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
 	s.hub.mu.Lock()
 	defer s.hub.mu.Unlock()
-	s.answered, s.heard = true, time.Now()
+	s.answered, s.quiet = true, 0
 	s.hub.failures[s.kind], s.hub.silences[s.kind] = 0, 0
 	switch {
 	case resp.Created:
@@ -995,9 +1014,9 @@ func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
 	case len(resp.Events) == 0:
 		s.handleProgress(resp)
 	default:
-		return s.handleEvents(resp)
+		s.full = s.handleEvents(resp)
 	}
-	return false
+	return s.full
 }
 
 // handleCreated takes the answer to the oldest request.
@@ -1189,7 +1208,7 @@ func (s *watchStream) handleEvents(resp *pb.WatchResponse) (full bool) {
 	if r == nil {
 		return false
 	}
-	r.lastEvent = s.heard
+	r.lastEvent = time.Now()
 	events := resp.Events
 	if r.rest != nil {
 		events = append(r.rest, events...)
