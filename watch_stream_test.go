@@ -1,0 +1,221 @@
+package etcdutil
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/etcdutil/etcdtest"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/client/v3/namespace"
+	"go.etcd.io/etcd/server/v3/embed"
+)
+
+// A list that is larger than what is read ahead fills the queue. What the reader then makes room
+// for is the list, and not a watch that was parked for it.
+func TestWatchListsOnceThoughItsReaderIsSlow(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	const values = 12
+	for i := range values {
+		mustPut(t, cluster.Client(t), fmt.Sprintf("p/%02d", i), strings.Repeat("x", 1_000_000))
+	}
+	inNamespace := cluster.Client(t)
+	inNamespace.KV = namespace.NewKV(inNamespace.KV, "p")
+	inNamespace.Watcher = namespace.NewWatcher(inNamespace.Watcher, "p")
+	for name, test := range map[string]struct {
+		client *clientv3.Client
+		prefix string
+	}{
+		"on a shared stream": {cluster.Client(t), "p/"},
+		"in a namespace":     {inNamespace, "/"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := mustWatch[string](t, test.client, test.prefix, WithPrefix(), WithCodec(Raw), WithSnapshot())
+			lists := 0
+			for i := range values {
+				require.Equal(t, fmt.Sprintf("%s%02d", test.prefix, i), next(t, w).Key)
+				lists = max(lists, goroutinesIn("listUntilDone"))
+				time.Sleep(50 * time.Millisecond)
+			}
+			require.Equal(t, EventSynced, next(t, w).Type)
+			require.Equal(t, 1, lists)
+			select {
+			case e := <-w.Events():
+				require.Fail(t, "another event", "%v", e.Type)
+			case <-time.After(time.Second):
+			}
+		})
+	}
+}
+
+// passwordCluster is a cluster of one member in which "root" may do everything and "user" what is
+// below allowed/. Authentication is not enabled yet.
+func passwordCluster(t *testing.T) (cluster *etcdtest.Cluster, admin *clientv3.Client) {
+	t.Helper()
+	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.BcryptCost = 4 })
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = cluster.Close() })
+	admin, ctx := cluster.Client(t), context.Background()
+	for _, name := range []string{"root", "user"} {
+		_, err := admin.UserAdd(ctx, name, "secret")
+		require.NoError(t, err)
+		_, err = admin.RoleAdd(ctx, name)
+		require.NoError(t, err)
+		_, err = admin.UserGrantRole(ctx, name, name)
+		require.NoError(t, err)
+	}
+	_, err = admin.RoleGrantPermission(ctx, "user", "allowed/", "allowed0", clientv3.PermissionType(clientv3.PermReadWrite))
+	require.NoError(t, err)
+	return cluster, admin
+}
+
+// clientv3 fetches a token before each stream. Of two members one would always get that request,
+// and the other one the stream.
+func TestStreamsWithAPasswordLeaveASilentConnectionOfTwo(t *testing.T) {
+	t.Parallel()
+	cluster, admin := passwordCluster(t)
+	_, err := admin.AuthEnable(t.Context())
+	require.NoError(t, err)
+	root := userClient(t, "root", nil, cluster.Endpoints()...)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+
+	watching := userClient(t, "user", nil, link.Endpoint())
+	w := mustWatch[string](t, watching, "allowed/", WithPrefix(), WithCodec(Raw))
+	rev := mustPut(t, root, "allowed/a", "")
+	require.Equal(t, rev, next(t, w).Revision)
+	leasing := userClient(t, "user", nil, link.Endpoint())
+	lease := mustLease(t, leasing, 20*time.Second, WithKeepAliveInterval(time.Second))
+	expiry := lease.Expiry()
+	eventually(t, func() bool { return lease.Expiry().After(expiry) }, "a renewal")
+
+	addEndpoints(watching, cluster.Endpoints()...)
+	addEndpoints(leasing, cluster.Endpoints()...)
+	link.Cut()
+	rev = mustPut(t, root, "allowed/a", "")
+	select {
+	case e := <-w.Events():
+		require.Equal(t, rev, e.Revision)
+	case <-time.After(30 * time.Second):
+		require.Fail(t, "no event")
+	}
+	cut := lease.Expiry()
+	eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(cut) }, "a renewal or the end")
+	require.NoError(t, context.Cause(lease))
+}
+
+// A client without a user has no better token for another stream.
+func TestLockOpensFewStreamsWhileItsWatchIsRefused(t *testing.T) {
+	t.Parallel()
+	cluster, admin := passwordCluster(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, link.Endpoint())
+	mustAcquire(t, client, "allowed/lock", WithTTL(30*time.Second))
+	eventually(t, func() bool { return watchesOf(client) == 1 }, "the watch of the lock's key")
+	_, err := admin.AuthEnable(t.Context())
+	require.NoError(t, err)
+	link.Reset()
+	before := hubRef{client}.streams()
+	time.Sleep(3 * time.Second)
+	require.Less(t, hubRef{client}.streams()-before, int64(30))
+	_, err = userClient(t, "root", nil, cluster.Endpoints()...).AuthDisable(t.Context())
+	require.NoError(t, err) // so that the lock can be released
+}
+
+// The second dead connection is left as soon as the first, because there is a third.
+func TestWatchLeavesTwoSilentConnectionsOfThree(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	first, second := etcdtest.StartLink(t, cluster.Endpoints()[0]), etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, first.Endpoint())
+	w := mustWatch[string](t, client, "k", WithCodec(Raw))
+	rev := mustPut(t, writer, "k", "")
+	require.Equal(t, rev, next(t, w).Revision)
+	addEndpoints(client, second.Endpoint())
+	for range 4 { // connect
+		_, err := client.Get(t.Context(), "k")
+		require.NoError(t, err)
+	}
+	first.Cut()
+	second.Cut()
+	eventually(t, func() bool {
+		h := hubRef{client}.lock()
+		defer h.mu.Unlock()
+		return h.live != nil && h.live.number > 0 && h.live.member == second.Endpoint()
+	}, "the watch moves to the second connection")
+	addEndpoints(client, cluster.Endpoints()...)
+	begin := time.Now()
+	rev = mustPut(t, writer, "k", "")
+	require.Equal(t, rev, next(t, w).Revision)
+	require.Less(t, time.Since(begin), 7*time.Second)
+}
+
+func TestWatchDoesNotJoinAStreamThatIsAboutToEnd(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	w := mustWatch[string](t, client, nameOf(t))
+	require.NoError(t, w.Close())
+	h := hubRef{client}.lock()
+	defer h.mu.Unlock()
+	live := h.live
+	live.tick(time.Now().Add(2*streamLinger), 0) // which closes it
+	require.NotSame(t, live, h.shared(&h.live, liveStream))
+}
+
+// A process that was suspended finds its clock ahead of what it has received.
+func TestWatchKeepsItsStreamAfterItsProcessWasSuspended(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	mustWatch[string](t, client, nameOf(t))
+	h := hubRef{client}.lock()
+	before := h.opened
+	h.live.pinged = true
+	h.live.creating = append(h.live.creating, nil)
+	h.live.push(pingRequest())
+	time.Sleep(idleTimeout + time.Second) // nothing runs meanwhile
+	h.mu.Unlock()
+	time.Sleep(3 * hubTick)
+	require.Equal(t, before, hubRef{client}.streams())
+}
+
+// Before a watch is resumed etcd sorts the keys of its prefix, to find the newest. It cannot do that
+// for very many watches at once.
+func TestManyWatchesOfALargePrefixAreResumedAfterAReset(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	for i := 0; i < 9000; i += 100 {
+		var ops []clientv3.Op
+		for j := range 100 {
+			ops = append(ops, clientv3.OpPut(fmt.Sprintf("p/%04d", i+j), ""))
+		}
+		mustTxn(t, writer, ops...)
+	}
+	client, link := linkedTo(t, cluster)
+	watchers := make([]*Watcher[string], 120)
+	var opening sync.WaitGroup
+	for worker := range 8 {
+		opening.Go(func() {
+			for i := worker; i < len(watchers); i += 8 {
+				w, err := Watch[string](t.Context(), client, "p/", WithPrefix(), WithCodec(Raw))
+				if !assert.NoError(t, err) {
+					return
+				}
+				watchers[i] = w
+			}
+		})
+	}
+	opening.Wait()
+	require.NotContains(t, watchers, (*Watcher[string])(nil))
+	link.Reset()
+	rev := mustPut(t, writer, "p/0000", "")
+	for _, w := range watchers {
+		require.Equal(t, rev, next(t, w).Revision)
+	}
+}
