@@ -214,6 +214,13 @@ func mustAcquire(t testing.TB, client *clientv3.Client, name string, opts ...Loc
 	return lock
 }
 
+// doNotWatch keeps a lock from watching its key. It reports whether it is in time for that.
+func doNotWatch(lock *Lock) bool {
+	lock.mu.Lock()
+	defer lock.mu.Unlock()
+	return lock.watchTimer != nil && lock.watchTimer.Stop()
+}
+
 func mustLease(t testing.TB, client *clientv3.Client, ttl time.Duration, opts ...LeaseOption) *Lease {
 	t.Helper()
 	lease, err := NewLease(context.Background(), client, ttl, opts...)

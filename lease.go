@@ -48,7 +48,7 @@ type Lease struct {
 
 	renewal renewal  // its place in the renewal stream
 	slots   keySlots // the keys that its locks use
-	locks   lockSet  // to be stopped before its own context is canceled
+	locks   lockSet  // end with it
 	sweep   *cleanup // removes keys that no lock uses
 
 	mu       sync.Mutex // guards what follows
@@ -129,7 +129,7 @@ func (c *leaseConfig) validate(ttl time.Duration) error {
 	case c.interval != nil && (*c.interval <= 0 || *c.interval >= whole):
 		return errorf("WithKeepAliveInterval must be positive and less than the TTL of %v: %v", whole, *c.interval)
 	case c.margin != nil && (*c.margin < 0 || *c.margin >= whole):
-		return errorf("WithExpiryMargin must not be negative and be less than the TTL of %v: %v", whole, *c.margin)
+		return errorf("WithExpiryMargin must be at least 0 and less than the TTL of %v: %v", whole, *c.margin)
 	case c.max != nil && *c.max < 0:
 		return errorf("WithMaxKeepAlives must not be negative: %d", *c.max)
 	}
@@ -466,8 +466,23 @@ func (l *Lease) check() {
 	l.sweep.schedule()
 }
 
-// addLock has the lock stopped before the lease's own context is canceled, until removeLock.
-func (l *Lease) addLock(lock *Lock) { l.locks.add(lock) }
+// addLock has the lock end with the lease, until removeLock: it stops before the lease's own
+// context is canceled, and its context ends with the lease's.
+func (l *Lease) addLock(lock *Lock) {
+	first, ended := l.locks.add(lock)
+	if first {
+		context.AfterFunc(l.ctx, l.endLocks)
+	}
+	if ended {
+		lock.handleLeaseEnd()
+	}
+}
+
+func (l *Lease) endLocks() {
+	for _, lock := range l.locks.end() {
+		lock.handleLeaseEnd()
+	}
+}
 
 func (l *Lease) removeLock(lock *Lock) { l.locks.remove(lock) }
 
@@ -835,20 +850,31 @@ func slotKey(name string, id clientv3.LeaseID, nonce int64) string {
 	return prefix(name) + hexID(id) + "-" + strconv.FormatInt(nonce, 16)
 }
 
-// lockSet has the locks that stop before their lease: the context of one may be a child of the
+// lockSet has the locks of a lease. They stop before it: the context of one may be a child of the
 // lease's.
 type lockSet struct {
 	mu    sync.Mutex
-	locks map[*Lock]struct{}
+	locks map[*Lock]struct{} // nil before the first
+	ended bool
 }
 
-func (s *lockSet) add(lock *Lock) {
+// add reports whether it is the first lock ever, and whether the lease has ended.
+func (s *lockSet) add(lock *Lock) (first, ended bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.locks == nil {
+	if first = s.locks == nil; first {
 		s.locks = make(map[*Lock]struct{})
 	}
 	s.locks[lock] = struct{}{}
+	return first, s.ended
+}
+
+// end returns all locks. Those that are added later are added to a lease that has ended.
+func (s *lockSet) end() []*Lock {
+	s.mu.Lock()
+	s.ended = true
+	s.mu.Unlock()
+	return s.all()
 }
 
 func (s *lockSet) remove(lock *Lock) {

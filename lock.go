@@ -42,11 +42,13 @@ type Lock struct {
 	heldSince atomic.Pointer[time.Time] // nil while it was never held
 	endLogged atomic.Bool
 
-	closing       sync.Once
-	closeErr      error
-	stopAfterFunc func() bool // of the lease's end
-	watchTimer    *time.Timer // starts watchKey
-	watching      sync.WaitGroup
+	closing  sync.Once
+	closeErr error
+
+	mu         sync.Mutex              // guards what follows
+	acquiring  context.CancelCauseFunc // ends the acquisition; nil when it is over
+	watchTimer *time.Timer             // starts watchKey; nil once it has
+	unwatch    func()                  // ends the watch on the key; nil if there is none
 }
 
 // A LockOption shapes a lock. See the table of options in the package's documentation.
@@ -326,7 +328,7 @@ func acquire(ctx context.Context, c *lockConfig, name string, start time.Time, j
 		return nil, errorf("acquire %q: %w", name, err)
 	}
 	l := newLock(ctx, c, name, lease)
-	if err := l.acquireWithin(c, start, join); err != nil {
+	if err := l.acquireUnder(ctx, c, start, join); err != nil {
 		l.discard()
 		return nil, errorf("acquire %q: %w", name, err)
 	}
@@ -361,14 +363,17 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 	l.init(l.enter(parent))
 	l.fence = fence{queue: &l.queue, owner: l, stopCtx: l.stopCtx, turn: make(chan struct{}, 1)}
 	lease.addLock(l)
-	l.stopAfterFunc = context.AfterFunc(lease.ctx, l.handleLeaseEnd)
 	return l
 }
 
-// acquireWithin runs join under a context that ends with the lock's own and after the acquire
-// timeout.
-func (l *Lock) acquireWithin(c *lockConfig, start time.Time, join func(q *contender, ctx context.Context) error) error {
-	ctx, cancel := c.bound(l.ctx, start)
+// acquireUnder runs join under a context that ends with the lock's own and after the acquire
+// timeout. It is no child of the lock's: a context keeps what it has had for children.
+func (l *Lock) acquireUnder(parent context.Context, c *lockConfig, start time.Time, join func(q *contender, ctx context.Context) error) error {
+	ctx, end := context.WithCancelCause(parent)
+	defer end(nil)
+	l.setAcquiring(end)
+	defer l.setAcquiring(nil)
+	ctx, cancel := c.bound(ctx, start)
 	defer cancel()
 	err := join(&l.queue, ctx)
 	switch {
@@ -396,15 +401,41 @@ func (l *Lock) markHeld(waited time.Duration) {
 	if stopped := context.Cause(l.stopCtx); stopped != nil { // before it was to be logged
 		l.logEnd(stopped)
 	}
-	l.watching.Add(1)
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.watchTimer = time.AfterFunc(keyWatchDelay, l.watchKey)
+}
+
+// setAcquiring records how to end the acquisition, which ends at once if the lock has.
+func (l *Lock) setAcquiring(end context.CancelCauseFunc) {
+	l.mu.Lock()
+	l.acquiring = end
+	l.mu.Unlock()
+	if l.Err() != nil {
+		l.endAcquiring()
+	}
+}
+
+// endAcquiring ends the acquisition, if it goes on. The lock's context has ended.
+func (l *Lock) endAcquiring() {
+	l.mu.Lock()
+	end := l.acquiring
+	l.mu.Unlock()
+	if end != nil {
+		end(context.Cause(l))
+	}
 }
 
 // watchKey starts the watch that ends the lock when its key is deleted. The watch ends when the
 // lock is lost or closed.
 func (l *Lock) watchKey() {
-	defer l.watching.Done()
-	stop := l.queue.watchOwnKey(func(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.watchTimer = nil
+	if l.stopCtx.Err() != nil {
+		return
+	}
+	l.unwatch = l.queue.watchOwnKey(func(err error) {
 		switch {
 		case l.stopCtx.Err() != nil:
 		case err != nil: // a permission may come back
@@ -413,7 +444,19 @@ func (l *Lock) watchKey() {
 			_ = l.keyDeleted()
 		}
 	})
-	context.AfterFunc(l.stopCtx, stop)
+}
+
+// cancelWatch ends the watch on the key. The lock was lost or closed.
+func (l *Lock) cancelWatch() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.watchTimer != nil {
+		l.watchTimer.Stop()
+	}
+	if l.unwatch != nil {
+		l.unwatch()
+	}
+	l.watchTimer, l.unwatch = nil, nil
 }
 
 // handleLeaseEnd cancels the lock's context with its lease's. A lock whose lease's parent has ended
@@ -424,6 +467,7 @@ func (l *Lock) handleLeaseEnd() {
 		return
 	}
 	l.cancel(context.Cause(l.lease.ctx))
+	l.endAcquiring()
 }
 
 // keyDeleted ends the lock, whose key is gone, and returns its stopCause. Why it is gone is asked
@@ -444,6 +488,8 @@ func (l *Lock) markLost(cause error) {
 
 func (l *Lock) stopWith(cause error) {
 	if l.shutdown(cause) {
+		l.endAcquiring()
+		l.cancelWatch()
 		l.logEnd(cause)
 	}
 }
@@ -571,7 +617,7 @@ func (l *Lock) Close() error {
 func (l *Lock) release() error {
 	lost := l.stopCause()
 	l.shutdown(ErrClosed)
-	l.stopWatching()
+	l.detach()
 	if lost != nil {
 		l.removeLeft()
 		return lost
@@ -588,14 +634,10 @@ func (l *Lock) release() error {
 	return err
 }
 
-// stopWatching ends what the lock has started. Its context has ended.
-func (l *Lock) stopWatching() {
-	l.stopAfterFunc()
+// detach ends the watch on the key, and no longer follows the lease. The lock's context has ended.
+func (l *Lock) detach() {
 	l.lease.removeLock(l)
-	if l.watchTimer != nil && l.watchTimer.Stop() {
-		l.watching.Done()
-	}
-	l.watching.Wait()
+	l.cancelWatch()
 }
 
 // removeKey releases a lock on a shared lease.
@@ -620,7 +662,7 @@ func (l *Lock) removeKey() error {
 func (l *Lock) discard() {
 	l.shutdown(ErrClosed)
 	inBackground(func() {
-		l.stopWatching()
+		l.detach()
 		l.removeLeft()
 	})
 }

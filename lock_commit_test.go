@@ -149,9 +149,7 @@ func TestCommitUnderALockThatIsNotHeldWritesNothing(t *testing.T) {
 		is  error
 	}{
 		"key deleted, not yet told": {func(t *testing.T, lock *Lock) {
-			if lock.watchTimer.Stop() { // as if its watch were on a dead connection
-				lock.watching.Done()
-			}
+			doNotWatch(lock) // as if its watch were on a dead connection
 			_, err := direct.Delete(t.Context(), lock.Key())
 			require.NoError(t, err)
 		}, ErrLockLost},
@@ -691,9 +689,7 @@ func TestCommitIfIsNotTakenForWhatRulesItOut(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
-	if lock.watchTimer.Stop() { // its watch sends a transaction, too
-		lock.watching.Done()
-	}
+	doNotWatch(lock) // its watch sends a transaction, too
 	exists := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(nameOf(t)+"-data"), ">", 0)}
 	faults.inTurn(
 		func(txn) error { return errLost },

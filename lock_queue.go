@@ -357,7 +357,8 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 		default: // it was reported before
 		}
 	}
-	defer watchDeleted(c.config, string(predecessor.Key), predecessor.CreateRevision, stillLeased(predecessor), report)()
+	guards := func() []clientv3.Cmp { return stillLeased(predecessor) }
+	defer watchDeleted(c.config, string(predecessor.Key), predecessor.CreateRevision, guards, report)()
 	delay := time.NewTimer(keyWatchDelay)
 	defer delay.Stop()
 	for {
@@ -375,5 +376,5 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 // watchOwnKey calls gone, in a goroutine, when the own key is gone, or with an error when etcd
 // refuses to say. It goes on until stop is called.
 func (c *contender) watchOwnKey(gone func(err error)) (stop func()) {
-	return watchDeleted(c.config, c.key, c.token, c.exists(), gone)
+	return watchDeleted(c.config, c.key, c.token, c.exists, gone)
 }

@@ -13,7 +13,7 @@ import (
 //
 // If etcd refuses the watch or the read, gone is called with the error. The watch is tried again
 // all the same, until stop is called. A call to gone may still be under way then.
-func watchDeleted(c *config, key string, created Revision, guards []clientv3.Cmp, gone func(err error)) (stop func()) {
+func watchDeleted(c *config, key string, created Revision, guards func() []clientv3.Cmp, gone func(err error)) (stop func()) {
 	k := &keyWatch{source: sourceOf(c), createdRev: created, gone: gone}
 	k.sub = watchSub{user: k, key: key, onlyDeletes: true, forLock: true, guards: guards}
 	k.source.start(&k.sub)

@@ -61,8 +61,8 @@ type watchSub struct {
 	key, end    string
 	prevKV      bool
 	onlyDeletes bool
-	guards      []clientv3.Cmp // of a lock's key: compare whether it is there
-	forLock     bool           // it is on the stream for locks' keys, and always from now on
+	guards      func() []clientv3.Cmp // of a lock's key: compare whether it is there
+	forLock     bool                  // it is on the stream for locks' keys, and always from now on
 
 	// The source's mutex guards the rest.
 	next    Revision // the first revision that was not delivered; 0: from now on
@@ -1068,7 +1068,7 @@ func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
 func (h *watchHub) readKey(sub *watchSub) {
 	epoch := sub.epoch
 	h.checks.add(readRequest{
-		guards: sub.guards,
+		guards: sub.guards(),
 		failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 		done: func(resp *clientv3.TxnResponse, err error) {
 			h.whileIn(sub, epoch, func() {

@@ -122,18 +122,22 @@ func (w *wrappedSource) run(ctx context.Context, sub *watchSub) {
 // check checks the history. It reports whether the watch may be resumed.
 func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
 	reads := &batchReader{ctx: ctx, client: w.client}
+	var guards []clientv3.Cmp
+	if sub.guards != nil {
+		guards = sub.guards()
+	}
 	for {
 		var ops []clientv3.Op
 		var cost int
 		w.locked(func() { ops, cost = sub.user.history(sub.next) })
-		if len(ops)+len(sub.guards) == 0 {
+		if len(ops)+len(guards) == 0 {
 			return true
 		}
 		result := parkWatch // where ctx ended
 		reads.read([]readRequest{{
 			ops:    ops,
 			cost:   cost,
-			guards: sub.guards,
+			guards: guards,
 			failed: func(err error) { w.locked(func() { sub.user.failed(err) }) },
 			done: func(resp *clientv3.TxnResponse, err error) {
 				w.locked(func() {
