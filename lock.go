@@ -361,7 +361,7 @@ func newLock(parent context.Context, c *lockConfig, name string, lease *Lease) *
 		l.queue.policy.Elapsed = -1 // until the lease ends
 	}
 	l.init(l.enter(parent))
-	l.fence = fence{queue: &l.queue, owner: l, stopCtx: l.stopCtx, turn: make(chan struct{}, 1)}
+	l.fence = fence{queue: &l.queue, owner: l, stopCtx: l.stopCtx}
 	lease.addLock(l)
 	return l
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
@@ -127,6 +128,7 @@ type fence struct {
 	owner   fenceOwner
 	stopCtx context.Context // ends when the lock is no longer held
 
+	makeTurn sync.Once     // by the first transaction: few locks have any
 	turn     chan struct{} // held by the transaction that is under way; guards the fields below
 	version  int64         // of the key
 	revision Revision      // of the key's last change
@@ -150,6 +152,7 @@ const answerGrace = 200 * time.Millisecond
 func (f *fence) do(ctx context.Context, p RetryPolicy, run func(ctx context.Context) error) error {
 	ctx, cancel := withinElapsed(ctx, p)
 	defer cancel()
+	f.makeTurn.Do(func() { f.turn = make(chan struct{}, 1) })
 	select {
 	case f.turn <- struct{}{}:
 		defer func() { <-f.turn }()
