@@ -231,7 +231,7 @@ func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode
 	w.codec = c.codec
 	w.queue.reports = c.reports
 	w.reflector = newReflector(w.ctx, key, c, w.queue)
-	if err := w.reflector.begin(); err != nil {
+	if err := w.reflector.begin(ctx); err != nil {
 		w.shutdown(err)
 		w.reflector.close()
 		return nil, err

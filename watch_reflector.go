@@ -70,17 +70,18 @@ func (r *reflector) end() string {
 	return clientv3.GetPrefixRangeEnd(r.key)
 }
 
-// begin starts the watch and waits until it stands, or until the policy gives up.
-func (r *reflector) begin() error {
+// begin starts the watch and waits until it stands, or until the policy gives up. ctx is the
+// watcher's parent: as a parent of requests the watcher's own context would grow for good.
+func (r *reflector) begin(ctx context.Context) error {
 	streams := r.source.streams()
-	if err := r.resolveStart(); err != nil {
+	if err := r.resolveStart(ctx); err != nil {
 		return err
 	}
 	if r.sent != nil {
 		r.start = 0
 		r.stands(nil) // where it begins cannot be compacted under it
 		r.list()
-		return r.waitReady()
+		return r.waitReady(ctx)
 	}
 	if r.head != nil {
 		r.queue.push(change{kind: EventPut, kv: r.head, upTo: r.start})
@@ -88,22 +89,22 @@ func (r *reflector) begin() error {
 	r.sub.checkAt = streams
 	seen := r.start
 	r.source.start(&r.sub)
-	if err := r.waitReady(); err != nil || r.start == seen {
+	if err := r.waitReady(ctx); err != nil || r.start == seen {
 		return err
 	}
-	return r.learn()
+	return r.learn(ctx)
 }
 
 // learn finds out what the watched keys were when the watch began, after etcd was read and before
 // the watch stood.
-func (r *reflector) learn() error {
-	resp, err := r.look(r.start)
+func (r *reflector) learn(ctx context.Context) error {
+	resp, err := r.look(ctx, r.start)
 	if errors.Is(err, rpctypes.ErrCompacted) {
 		return nil // it cannot be known
 	}
 	var then past
 	if err == nil {
-		err = then.begin(r, resp, r.start)
+		err = then.begin(ctx, r, resp, r.start)
 	}
 	if err == nil {
 		r.source.locked(func() { r.past.prepend(then) })
@@ -113,12 +114,12 @@ func (r *reflector) learn() error {
 
 // resolveStart finds out where to begin, whether that is possible, and what the watched keys were
 // before.
-func (r *reflector) resolveStart() error {
+func (r *reflector) resolveStart(ctx context.Context) error {
 	at := max(r.from-1, 0)
-	resp, err := r.look(at)
+	resp, err := r.look(ctx, at)
 	switch {
 	case errors.Is(err, rpctypes.ErrCompacted):
-		if resp, err = r.look(r.from); err != nil {
+		if resp, err = r.look(ctx, r.from); err != nil {
 			return r.gapAt(err)
 		}
 		r.start = r.from - 1 // what was before is not known
@@ -127,7 +128,7 @@ func (r *reflector) resolveStart() error {
 	case err != nil:
 		return err
 	case r.from == 1:
-		if _, err := r.look(1); err != nil {
+		if _, err := r.look(ctx, 1); err != nil {
 			return r.gapAt(err)
 		}
 		r.past.cluster, r.past.counted = resp.Header.ClusterId, true
@@ -136,7 +137,7 @@ func (r *reflector) resolveStart() error {
 		if at == 0 {
 			r.start = resp.Header.Revision
 		}
-		if err := r.past.begin(r, resp, r.start); err != nil {
+		if err := r.past.begin(ctx, r, resp, r.start); err != nil {
 			return err
 		}
 	}
@@ -153,12 +154,12 @@ func (r *reflector) gapAt(err error) error {
 }
 
 // look reads the first watched key and the number of keys, as of a revision, where 0 is now.
-func (r *reflector) look(at Revision) (*clientv3.GetResponse, error) {
-	return r.get(r.watched(r.key, clientv3.WithRev(at), clientv3.WithLimit(1), clientv3.WithKeysOnly()))
+func (r *reflector) look(ctx context.Context, at Revision) (*clientv3.GetResponse, error) {
+	return r.get(ctx, r.watched(r.key, clientv3.WithRev(at), clientv3.WithLimit(1), clientv3.WithKeysOnly()))
 }
 
-func (r *reflector) get(op clientv3.Op) (*clientv3.GetResponse, error) {
-	return retry(r.ctx, &r.config, r.retry, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
+func (r *reflector) get(ctx context.Context, op clientv3.Op) (*clientv3.GetResponse, error) {
+	return retry(ctx, &r.config, r.retry, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		resp, err := r.client.Do(ctx, op)
 		return resp.Get(), err
 	})
@@ -177,11 +178,11 @@ func (r *reflector) watched(from string, opts ...clientv3.OpOption) clientv3.Op 
 }
 
 // waitReady waits until the watch stands, for as long as the policy allows.
-func (r *reflector) waitReady() error {
-	limit := r.ctx
+func (r *reflector) waitReady(ctx context.Context) error {
+	limit := ctx
 	if elapsed := r.retry.withDefaults().Elapsed; elapsed > 0 {
 		var cancel context.CancelFunc
-		limit, cancel = context.WithDeadline(r.ctx, r.began.Add(elapsed))
+		limit, cancel = context.WithDeadline(ctx, r.began.Add(elapsed))
 		defer cancel()
 	}
 	select {
@@ -191,8 +192,8 @@ func (r *reflector) waitReady() error {
 	}
 	r.source.stop(&r.sub)
 	switch {
-	case r.ctx.Err() != nil:
-		return contextError(r.ctx)
+	case ctx.Err() != nil:
+		return contextError(ctx)
 	case r.lastErr != nil:
 		return attemptsExhausted(r.attempts, r.began, r.lastErr)
 	}
@@ -388,14 +389,14 @@ type keyState struct {
 }
 
 // begin takes what was read at the start: the first key and the number of keys.
-func (p *past) begin(r *reflector, resp *clientv3.GetResponse, at Revision) error {
+func (p *past) begin(ctx context.Context, r *reflector, resp *clientv3.GetResponse, at Revision) error {
 	p.cluster, p.seen, p.count, p.counted = resp.Header.ClusterId, resp.Header.Revision, resp.Count, true
 	if len(resp.Kvs) == 0 {
 		return nil
 	}
 	newest := resp.Kvs[0]
 	if resp.Count > 1 && resp.Count <= maxSorted && r.sent == nil {
-		sorted, err := r.get(r.newest(at))
+		sorted, err := r.get(ctx, r.newest(at))
 		switch {
 		case errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev), err == nil && len(sorted.Kvs) == 0:
 			return nil
