@@ -85,8 +85,9 @@ func TestCertificatesRotateWithoutARestart(t *testing.T) {
 	require.NoError(t, cluster.RotateCertificates())
 	second, err := cluster.Certificate("client", time.Hour)
 	require.NoError(t, err)
-	current.Store(&second) // last: the client may connect at once
-	put(t, client, "with a new one")
+	current.Store(&second)
+	link.Reset() // a connection may have begun before
+	require.Eventually(t, func() bool { return tryPut(t, client, "with a new one") == nil }, patience, time.Millisecond)
 	require.NotEqual(t, before, *served.Load())
 }
 
