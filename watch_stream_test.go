@@ -9,11 +9,13 @@ import (
 	"time"
 
 	"example.com/etcdutil/etcdtest"
+	"example.com/etcdutil/internal/reorder"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/server/v3/embed"
+	"google.golang.org/grpc"
 )
 
 // A list that is larger than what is read ahead fills the queue. What the reader then makes room
@@ -217,4 +219,16 @@ func TestManyWatchesOfALargePrefixAreResumedAfterAReset(t *testing.T) {
 	for _, w := range watchers {
 		require.Equal(t, rev, next(t, w).Revision)
 	}
+}
+
+// etcd may send an answer about progress from before a watch was created after the creation.
+func TestWatchIsNotMovedOnByProgressFromBeforeIt(t *testing.T) {
+	t.Parallel()
+	direct, name := testCluster.Client(t), nameOf(t)
+	first, second := mustPut(t, direct, name+"/first", ""), mustPut(t, direct, name+"/second", "")
+	var progress reorder.Progress
+	client := newClientWith(t, grpc.WithChainStreamInterceptor(progress.Intercept))
+	require.Equal(t, first, next(t, mustWatch[string](t, client, name+"/first", WithRevision(first), WithCodec(Raw))).Revision)
+	eventually(t, func() bool { return progress.Held() > 0 }, "the first watch is up to date")
+	require.Equal(t, second, next(t, mustWatch[string](t, client, name+"/second", WithRevision(second), WithCodec(Raw))).Revision)
 }

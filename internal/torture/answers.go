@@ -45,18 +45,18 @@ func (a *answers) stop() {
 	a.late.Wait()
 }
 
-// spoiled picks half of the writes while a fault lasts.
-func (a *answers) spoiled() (k kind, between func(), lateBy time.Duration) {
+// spoiled picks half of the writes while a fault lasts, and all that are to be disturbed.
+func (a *answers) spoiled(disturb bool) (k kind, between func(), lateBy time.Duration) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.spoil == "" || a.rand.IntN(2) == 0 {
+	if a.spoil == "" || a.rand.IntN(2) == 0 && !disturb {
 		return "", nil, 0
 	}
 	if a.spoil == cancelLate {
 		a.late.Add(1)
 	}
 	between = func() {}
-	if a.rand.IntN(100) < 30 {
+	if disturb || a.rand.IntN(100) < 30 {
 		between = a.between
 	}
 	return a.spoil, between, time.Duration(a.rand.Int64N(int64(2 * time.Second)))
@@ -70,7 +70,7 @@ func (a *answers) intercept(
 		return invoke(ctx, method, request, reply, conn, opts...)
 	}
 	sleep(ctx, hesitationOf(ctx))
-	k, between, lateBy := a.spoiled()
+	k, between, lateBy := a.spoiled(ctx.Value(disturbedWrite{}) != nil)
 	switch k {
 	case cancelUnsent:
 		return errCanceled
@@ -110,6 +110,9 @@ func isWrite(request any) bool {
 	}
 	return false
 }
+
+// disturbedWrite is the key of contexts whose writes are disturbed whenever answers are spoiled.
+type disturbedWrite struct{}
 
 // hesitationKey is for contexts whose writes are slow to be sent.
 type hesitationKey struct{}

@@ -18,6 +18,11 @@ const (
 	crowdKeys  = 250
 	// crowdPace is how long a watcher of the crowd lasts before the next one goes on behind it.
 	crowdPace = 40 * time.Second
+	// hotKey is changed again and again. Latecomers watch it, each for up to latecomerPace, and
+	// pause for as long: what they watch has happened before.
+	hotKey        = crowdPrefix + "hot"
+	latecomers    = 40
+	latecomerPace = 4 * time.Second
 	// largeKey gets large values, which watchers with slow readers cannot all hold.
 	largeKey   = crowdPrefix + "large"
 	largeValue = 64 << 10
@@ -33,6 +38,9 @@ func crowdKey(i int) string { return crowdPrefix + strconv.Itoa(i%crowdKeys) }
 func (t *torture) startCrowd(h *host) {
 	for i := range t.crowd {
 		t.joinCrowd(h, crowdKey(i), reading{upTo: crowdPace})
+	}
+	for range latecomers {
+		t.joinCrowd(h, hotKey, reading{upTo: latecomerPace, pause: latecomerPace})
 	}
 	for range slowReaders {
 		t.joinCrowd(h, largeKey, reading{upTo: crowdPace, stuck: untilSettling})
@@ -67,8 +75,8 @@ func (w *worker) changeCrowd() {
 	if w.chance(2) {
 		many = 20
 	}
-	var ops []clientv3.Op
-	for first := w.rand.IntN(crowdKeys); len(ops) < many; {
+	ops := []clientv3.Op{w.change(hotKey, w.uniqueValue())}
+	for first := w.rand.IntN(crowdKeys); len(ops) <= many; {
 		ops = append(ops, w.change(crowdKey(first+len(ops)), w.uniqueValue()))
 	}
 	_, err := w.admin.Txn(ctx).Then(ops...).Commit()

@@ -121,6 +121,9 @@ func (w *worker) commitDisturbed(lock *etcdutil.Lock) {
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond+w.upTo(5*time.Second))
 	defer cancel()
 	if w.chance(50) {
+		ctx = context.WithValue(ctx, disturbedWrite{}, true)
+	}
+	if w.chance(50) {
 		w.writeEntries(ctx, lock, w.disturbedLog, 1, func() {})
 		return
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"example.com/etcdutil/etcdtest"
+	"example.com/etcdutil/internal/reorder"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -19,8 +20,9 @@ type host struct {
 	client   *clientv3.Client // nil for a host whose client is in another process
 	faulted  atomic.Bool      // its links have a fault
 	answers  *answers
-	spoiled  atomic.Bool // its answers have a fault
-	metadata atomic.Bool // its callers' contexts carry metadata
+	progress reorder.Progress // etcd's answers about it come late
+	spoiled  atomic.Bool      // its answers have a fault
+	metadata atomic.Bool      // its callers' contexts carry metadata
 }
 
 func newHost(id int, members []string) (*host, error) {
@@ -37,7 +39,8 @@ func newHost(id int, members []string) (*host, error) {
 }
 
 func (h *host) connect() (err error) {
-	h.client, err = newClient(h.endpoints(), grpc.WithChainUnaryInterceptor(h.answers.intercept))
+	h.client, err = newClient(h.endpoints(), grpc.WithChainUnaryInterceptor(h.answers.intercept),
+		grpc.WithChainStreamInterceptor(h.progress.Intercept))
 	return err
 }
 

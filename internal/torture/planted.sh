@@ -75,10 +75,10 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	final-refusal) # does not renew a lease again that etcd has once refused to renew
 		expected='island: a lease was lost'
-		replace lease.go 'l.renew.Reset(pause)' '_ = pause'
+		replace lease.go 'l.renewAfter(pause)' '_ = pause'
 		;;
 	logger-in-the-way) # logs where others wait
-		expected='lease: one of a calm host|release: .* Close took'
+		expected='lease: one of a calm host|release: .* Close took|exclusion: .* two held it'
 		replace observe.go 'func (r *reporter) submit(report func()) {' 'func (r *reporter) submit(report func()) { runRecovered(report); return'
 		;;
 	stale-progress) # takes progress that etcd reported before the watch was created for the watch's own
@@ -101,7 +101,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	deaf-to-silence) # stays on a stream whose member does not answer
 		expected='black hole: .* the holder was not told|liveness: '
-		replace watch_stream.go 'case len(s.creating) > 0 && quiet >=' 'case false && quiet >='
+		replace watch_stream.go 'case len(s.creating) > 0 && s.quiet >=' 'case false && s.quiet >='
 		;;
 	*) fail "$1: no such breakage" ;;
 	esac

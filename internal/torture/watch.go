@@ -135,6 +135,9 @@ func (w *worker) observe(o *observer) {
 		readFrom(w, watcher, o.reading, &o.reached, func(e etcdutil.Event[string]) { s.events = append(s.events, e) })
 		err = watcher.Close()
 		w.leave(o, s, watcher.Revision())
+		for until := time.Now().Add(w.upTo(o.reading.pause)); time.Now().Before(until) && !w.settling.Load() && w.ctx.Err() == nil; {
+			sleep(w.ctx, 10*time.Millisecond)
+		}
 	}
 	w.operations.add("watch: "+watchEnd(err), 1)
 	switch {
@@ -192,6 +195,7 @@ func (w *worker) segmentOf(o *observer) *segment {
 // reading is how a watcher is read.
 type reading struct {
 	upTo  time.Duration // before the next watcher goes on behind it
+	pause time.Duration // between the two, at most
 	stuck stuckness
 }
 
