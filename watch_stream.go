@@ -1,6 +1,7 @@
 package etcdutil
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -451,6 +452,7 @@ func (h *watchHub) advance(sub *watchSub) {
 			h.reads.add(readRequest{
 				ops:    ops,
 				cost:   cost,
+				wanted: func() (is bool) { h.whileIn(sub, epoch, func() { is = true }); return is },
 				failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 				done: func(resp *clientv3.TxnResponse, err error) {
 					h.whileIn(sub, epoch, func() { h.checked(sub, opened, resp, err) })
@@ -1268,6 +1270,7 @@ type readRequest struct {
 	ops    []clientv3.Op
 	cost   int                                         // about how many bytes etcd handles for ops
 	guards []clientv3.Cmp                              // compared as well
+	wanted func() bool                                 // it has not become void meanwhile; nil: always
 	failed func(err error)                             // an attempt failed, and is repeated
 	done   func(resp *clientv3.TxnResponse, err error) // with as many responses as ops
 }
@@ -1311,7 +1314,7 @@ func (b *batchReader) run() {
 		if len(batch) == 0 {
 			return
 		}
-		b.read(batch)
+		b.read(slices.DeleteFunc(batch, func(r readRequest) bool { return r.wanted != nil && !r.wanted() }))
 	}
 }
 
@@ -1343,8 +1346,11 @@ func (b *batchReader) timeout(failed, cost int) time.Duration {
 	return min(time.Second<<min(failed/max(len(b.client.Endpoints()), 1), 6), limit)
 }
 
-// read repeats a batch until it is answered. If it is refused, each request is read by itself.
+// read repeats a batch until it is answered. If it is refused, it finds out for which request.
 func (b *batchReader) read(batch []readRequest) {
+	if len(batch) == 0 {
+		return
+	}
 	var ops []clientv3.Op
 	var guards []clientv3.Cmp
 	cost := 0
@@ -1384,6 +1390,9 @@ func (b *batchReader) read(batch []readRequest) {
 		case len(batch) == 1:
 			batch[0].done(nil, err)
 			return
+		case errors.Is(err, rpctypes.ErrCompacted):
+			b.read(b.withoutCompacted(batch))
+			return
 		default:
 			for i := range batch {
 				b.read(batch[i : i+1])
@@ -1391,4 +1400,33 @@ func (b *batchReader) read(batch []readRequest) {
 			return
 		}
 	}
+}
+
+// withoutCompacted answers the requests whose revisions are compacted, and returns the others. It
+// reads few of them: what is older than a revision that is compacted is as well.
+func (b *batchReader) withoutCompacted(batch []readRequest) []readRequest {
+	slices.SortFunc(batch, func(x, y readRequest) int { return cmp.Compare(x.revision(), y.revision()) })
+	first, end := 0, len(batch) // the first that is not compacted is one of these, or end
+	for first < end {
+		middle, compacted := (first+end)/2, false
+		probe := batch[middle]
+		probe.done = func(_ *clientv3.TxnResponse, err error) { compacted = errors.Is(err, rpctypes.ErrCompacted) }
+		if b.read([]readRequest{probe}); compacted {
+			first = middle + 1
+		} else {
+			end = middle
+		}
+	}
+	for _, r := range batch[:first] {
+		r.done(nil, rpctypes.ErrCompacted)
+	}
+	return batch[first:]
+}
+
+// revision is as of when r reads; the largest if that is now.
+func (r readRequest) revision() Revision {
+	if len(r.ops) == 0 || r.ops[0].Rev() == 0 {
+		return math.MaxInt64
+	}
+	return r.ops[0].Rev()
 }

@@ -3,8 +3,11 @@ package etcdutil
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,9 +15,11 @@ import (
 	"example.com/etcdutil/internal/reorder"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 )
 
@@ -231,4 +236,49 @@ func TestWatchIsNotMovedOnByProgressFromBeforeIt(t *testing.T) {
 	require.Equal(t, first, next(t, mustWatch[string](t, client, name+"/first", WithRevision(first), WithCodec(Raw))).Revision)
 	eventually(t, func() bool { return progress.Held() > 0 }, "the first watch is up to date")
 	require.Equal(t, second, next(t, mustWatch[string](t, client, name+"/second", WithRevision(second), WithCodec(Raw))).Revision)
+}
+
+// After a compaction most of what watches read to be resumed may be refused.
+func TestBatchFindsOutWithFewReadsWhatIsCompacted(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	var sent atomic.Int64
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: cluster.Endpoints(), Logger: zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(
+			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				sent.Add(1)
+				return invoke(ctx, method, req, reply, cc, opts...)
+			})},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	const n = 90
+	var revs []Revision
+	for range n {
+		revs = append(revs, mustPut(t, client, "k", ""))
+	}
+	first := revs[n*2/3] // that is not compacted
+	_, err = client.Compact(t.Context(), first)
+	require.NoError(t, err)
+	sent.Store(0)
+	var batch []readRequest
+	for _, rev := range revs {
+		batch = append(batch, readRequest{
+			ops: []clientv3.Op{clientv3.OpGet("k", clientv3.WithRev(rev))},
+			done: func(resp *clientv3.TxnResponse, err error) {
+				if rev < first {
+					require.ErrorIs(t, err, rpctypes.ErrCompacted)
+					return
+				}
+				require.NoError(t, err)
+				require.Equal(t, rev, rangeIn(resp, 0).Kvs[0].ModRevision)
+				revs = slices.DeleteFunc(revs, func(r Revision) bool { return r == rev })
+			},
+		})
+	}
+	rand.Shuffle(n, func(i, j int) { batch[i], batch[j] = batch[j], batch[i] })
+	(&batchReader{ctx: t.Context(), client: client}).read(batch)
+	require.Len(t, revs, n*2/3)
+	require.LessOrEqual(t, sent.Load(), int64(10))
 }
