@@ -90,9 +90,19 @@ func (a *answers) intercept(
 			sleep(late, lateBy)
 			_ = invoke(late, method, request, own, conn)
 		}()
+		finish(opts, errCanceled)
 		return errCanceled
 	}
 	return invoke(ctx, method, request, reply, conn, opts...)
+}
+
+// finish reports a sending's end as gRPC would have, had the proxy reset the stream.
+func finish(opts []grpc.CallOption, err error) {
+	for _, o := range opts {
+		if o, ok := o.(grpc.OnFinishCallOption); ok {
+			o.OnFinish(err)
+		}
+	}
 }
 
 // isWrite reports whether a repetition of the request could do harm.
