@@ -24,7 +24,7 @@ type answers struct {
 	mu      sync.Mutex
 	rand    *rand.Rand
 	spoil   kind   // which fault lasts; empty if none does
-	between func() // runs at times after etcd has applied a write whose answer is then lost
+	between func() // runs after etcd has applied a write that is to be disturbed, whose answer is then lost
 	late    sync.WaitGroup
 }
 
@@ -56,7 +56,7 @@ func (a *answers) spoiled(disturb bool) (k kind, between func(), lateBy time.Dur
 		a.late.Add(1)
 	}
 	between = func() {}
-	if disturb || a.rand.IntN(100) < 30 {
+	if disturb {
 		between = a.between
 	}
 	return a.spoil, between, time.Duration(a.rand.Int64N(int64(2 * time.Second)))

@@ -25,7 +25,7 @@ const (
 	latecomerPace = 4 * time.Second
 	// largeKey gets large values, which watchers with slow readers cannot all hold.
 	largeKey   = crowdPrefix + "large"
-	largeValue = 64 << 10
+	largeValue = 256 << 10
 	// slowReaders is how many readers of largeKey read nothing until the faults have stopped; as
 	// many others never read.
 	slowReaders = 3

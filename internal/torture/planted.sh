@@ -75,7 +75,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		;;
 	final-refusal) # does not renew a lease again that etcd has once refused to renew
 		expected='island: a lease was lost'
-		replace lease.go 'l.renewAfter(pause)' '_ = pause'
+		replace lease.go 'l.renewAfter(pause)' '_ = pause; l.renew.Stop()'
 		;;
 	logger-in-the-way) # logs where others wait
 		expected='lease: one of a calm host|release: .* Close took|exclusion: .* two held it'
