@@ -142,6 +142,17 @@ func interceptedClient(t *testing.T, fault grpc.UnaryClientInterceptor) *clientv
 	return newClientWith(t, grpc.WithChainUnaryInterceptor(fault))
 }
 
+// clientOf is a real client of a cluster, with a fault between it and its connection.
+func clientOf(t *testing.T, cluster *etcdtest.Cluster, fault grpc.UnaryClientInterceptor) *clientv3.Client {
+	t.Helper()
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: cluster.Endpoints(), Logger: zap.NewNop(), DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(fault)},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
+}
+
 // newClientWith is a client of testCluster with options for its connection.
 func newClientWith(t *testing.T, opts ...grpc.DialOption) *clientv3.Client {
 	t.Helper()

@@ -499,7 +499,10 @@ func (c *logConfig) resolveCompacted(ctx context.Context, name string) error {
 		return err
 	}
 	then, err := c.readAt(ctx, name, at)
-	if err != nil {
+	switch {
+	case errors.Is(err, rpctypes.ErrCompacted): // once more
+		return c.resolveCompacted(ctx, name)
+	case err != nil:
 		return err
 	}
 	switch entry := first(then.Kvs); {

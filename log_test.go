@@ -935,6 +935,31 @@ func linked(t *testing.T, cluster *etcdtest.Cluster) (*clientv3.Client, *etcdtes
 	return newClient(t, link.Endpoint()), link
 }
 
+// Where it is compacted again between two reads, the reader looks again.
+func TestReaderOutlivesACompactionWhileItBegins(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	direct := cluster.Client(t)
+	w := mustWriter[string](t, mustAcquire(t, direct, "lock"), "log")
+	var revs []Revision
+	for range 3 {
+		_, err := w.Write(t.Context(), "entry")
+		require.NoError(t, err)
+		revs = append(revs, revision(t, direct))
+	}
+	_, err := direct.Compact(t.Context(), revs[1])
+	require.NoError(t, err)
+	client := clientOf(t, cluster, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if r, ok := req.(*etcdserverpb.RangeRequest); ok && r.Revision == revs[1] {
+			_, err := direct.Compact(ctx, revs[2])
+			require.NoError(t, err)
+		}
+		return invoke(ctx, method, req, reply, cc, opts...)
+	})
+	_, err = NewLogReader[string](t.Context(), client, "log", WithEntriesAfter(1, revs[0]))
+	require.ErrorIs(t, err, ErrGap)
+}
+
 func TestEntriesBeforeAGapAreReadAndThenItIsTold(t *testing.T) {
 	t.Parallel()
 	cluster, w, client := newLog(t)

@@ -19,7 +19,6 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/server/v3/embed"
-	"go.uber.org/zap"
 	"google.golang.org/grpc"
 )
 
@@ -243,23 +242,17 @@ func TestBatchFindsOutWithFewReadsWhatIsCompacted(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	var sent atomic.Int64
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: cluster.Endpoints(), Logger: zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(
-			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-				sent.Add(1)
-				return invoke(ctx, method, req, reply, cc, opts...)
-			})},
+	client := clientOf(t, cluster, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		sent.Add(1)
+		return invoke(ctx, method, req, reply, cc, opts...)
 	})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = client.Close() })
 	const n = 90
 	var revs []Revision
 	for range n {
 		revs = append(revs, mustPut(t, client, "k", ""))
 	}
 	first := revs[n*2/3] // that is not compacted
-	_, err = client.Compact(t.Context(), first)
+	_, err := client.Compact(t.Context(), first)
 	require.NoError(t, err)
 	sent.Store(0)
 	var batch []readRequest
