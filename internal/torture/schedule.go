@@ -267,7 +267,7 @@ func planHole(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		Kind:   blackHole,
 		Host:   hosts + calmHosts + r.IntN(holedHosts),
 		Member: r.IntN(members),
-		For:    between(r, 7*time.Second, 10*time.Second),
+		For:    between(r, holedToldWithin+2*time.Second, holedToldWithin+6*time.Second),
 	}
 	return f, f.At
 }

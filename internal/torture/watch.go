@@ -215,8 +215,12 @@ func readFrom[T any](w *worker, watcher *etcdutil.Watcher[T], how reading, reach
 	until := time.Now().Add(500*time.Millisecond + w.upTo(how.upTo))
 	tick := time.NewTicker(how.upTo / 40)
 	defer tick.Stop()
-	if how.stuck == untilTheEnd {
-		<-w.ctx.Done()
+	if how.stuck == untilTheEnd { // or for a while: compaction ends what is stuck for long
+		for again := time.Now().Add(2*time.Second + w.upTo(8*time.Second)); w.settling.Load() || time.Now().Before(again); {
+			if sleep(w.ctx, 100*time.Millisecond); w.ctx.Err() != nil {
+				return
+			}
+		}
 		return
 	}
 	for how.stuck == untilSettling && !w.settling.Load() && w.ctx.Err() == nil {
