@@ -69,7 +69,7 @@ const (
 	// calmHosts are further ones, whose links are slow at times, and no more.
 	calmHosts = 2
 	// holedHosts are further ones, for which one member at a time is a black hole.
-	holedHosts = 4
+	holedHosts = 6
 	// crowdHost is a further one, the client of which has very many watchers.
 	crowdHost = hosts + calmHosts + holedHosts
 	// firstIslander is the number of the first host on the island.
@@ -267,7 +267,7 @@ func planHole(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		Kind:   blackHole,
 		Host:   hosts + calmHosts + r.IntN(holedHosts),
 		Member: r.IntN(members),
-		For:    between(r, holedToldWithin+8*time.Second, holedToldWithin+14*time.Second),
+		For:    between(r, 2*holedToldWithin, 4*holedToldWithin),
 	}
 	return f, f.At
 }
