@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"example.com/etcdutil/etcdtest"
-	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -249,13 +248,11 @@ func outlivesRefusals(t *testing.T, ttl time.Duration) bool {
 		time.Sleep(time.Until(lease.Expiry()) - left)
 		door.open()
 		shut := lease.Expiry()
-		took := testclock.Time(func() {
-			eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(shut) }, "renewed")
-		})
-		if lease.Err() != nil && took < left*2/3 {
+		eventually(t, func() bool { return lease.Err() != nil || lease.Expiry().After(shut) }, "renewed")
+		if lease.Err() != nil {
+			t.Log(context.Cause(lease))
 			return false
 		}
-		require.NoError(t, lease.Err(), context.Cause(lease))
 	}
 	return true
 }

@@ -21,6 +21,8 @@ const (
 	// holedToldWithin bounds how late the holder is notified that its key was deleted though the
 	// member that it heard from is a black hole, with time for a busy machine.
 	holedToldWithin = 5*time.Second + 5*time.Second
+	// holedToldAtLast bounds the same, whatever else has a fault meanwhile.
+	holedToldAtLast = 20 * time.Second
 )
 
 // startHoled has the client hold a lock when its host loses a member, and acquire locks meanwhile.
@@ -76,7 +78,7 @@ func (w *worker) awaitTold(lock *etcdutil.Lock, h *holding) {
 		return
 	}
 	deleted := w.now()
-	for lock.Err() == nil && w.ctx.Err() == nil && w.quiet(deleted, w.now()) < holedToldWithin {
+	for lock.Err() == nil && w.ctx.Err() == nil && w.quiet(deleted, w.now()) < holedToldWithin && w.now()-deleted < holedToldAtLast {
 		sleep(lock, 10*time.Millisecond)
 	}
 	if w.ctx.Err() == nil && lock.Err() == nil {

@@ -3,13 +3,13 @@
 # nothing. The repository is left alone, the breakages are made in copies of it. Needs bash, perl and Go.
 #
 #   internal/torture/planted.sh [NAME...]    the breakages to plant; default: all
-#   SEED=7 FOR=40s                           the schedule: all are seen within a minute of faults, and the check behind
+#   SEED=7 FOR=60s                           the schedule: all are seen within a minute of faults, and the check behind
 #
 # Exits with 1 if a breakage no longer applies, does not compile, is not seen, or is seen as something else.
 set -euo pipefail
 exec </dev/null
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-seed=${SEED:-7} length=${FOR:-40s}
+seed=${SEED:-7} length=${FOR:-60s}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 

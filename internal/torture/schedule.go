@@ -267,7 +267,7 @@ func planHole(r *rand.Rand, after time.Duration) (fault, time.Duration) {
 		Kind:   blackHole,
 		Host:   hosts + calmHosts + r.IntN(holedHosts),
 		Member: r.IntN(members),
-		For:    between(r, 2*holedToldWithin, 4*holedToldWithin),
+		For:    between(r, holedToldAtLast+2*time.Second, 2*holedToldAtLast),
 	}
 	return f, f.At
 }
