@@ -115,8 +115,13 @@ func (d *door) shut() {
 // second has been called what it opens next goes over either.
 func twoWays(t *testing.T) (client *clientv3.Client, link *etcdtest.Link, second func()) {
 	t.Helper()
-	link = etcdtest.StartLink(t, testCluster.Endpoints()[0])
-	d := openDoor(t, testCluster.Endpoints()[0])
+	return twoWaysTo(t, testCluster.Endpoints()[0])
+}
+
+func twoWaysTo(t *testing.T, endpoint string) (client *clientv3.Client, link *etcdtest.Link, second func()) {
+	t.Helper()
+	link = etcdtest.StartLink(t, endpoint)
+	d := openDoor(t, endpoint)
 	d.shut()
 	client = newClient(t, link.Endpoint(), d.addr)
 	return client, link, func() {

@@ -343,11 +343,12 @@ func (m *Mirror[T]) keepVerifying() {
 
 // verify moves AsOf to now, if the copy is up to date. It reads the store's revision, from the
 // quorum, and waits for the watch to report that it has come so far. A report from before the read
-// would prove nothing, nor would a copy of the same revision: etcd may have been restored since.
+// would prove nothing, nor would a copy of the same revision: etcd may have been restored since. If
+// the store has gone back, the watch has yet to notice.
 func (m *Mirror[T]) verify() {
 	ctx, cancel := context.WithTimeout(m.ctx, verifyTimeout)
 	defer cancel()
-	sent := time.Now()
+	before, sent := m.Revision(), time.Now()
 	key := m.key
 	if key == "" {
 		key = "\x00" // etcd reads no empty key
@@ -356,7 +357,7 @@ func (m *Mirror[T]) verify() {
 	resp, err := retry(ctx, &m.config.config, once, "verify mirror", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return m.config.client.Get(ctx, key, clientv3.WithKeysOnly())
 	})
-	if err != nil {
+	if err != nil || resp.Header.Revision < before {
 		return
 	}
 	reports := m.reports.Receiver()

@@ -471,6 +471,39 @@ func TestMirrorAsOfMindsARestoreToTheSameRevision(t *testing.T) {
 	}
 }
 
+// The stream of the watch takes seconds to find its connection dead. Reads that go over another one
+// are answered by the restored etcd meanwhile.
+func TestMirrorAsOfMindsARestoreBehindADeadConnection(t *testing.T) {
+	t.Parallel()
+	cluster, key := etcdtest.Start(t, 1), nameOf(t)
+	mustPut(t, cluster.Client(t), key, "0")
+	require.NoError(t, cluster.Backup())
+	client, link, second := twoWaysTo(t, cluster.Endpoints()[0])
+	mirrors := make([]*Mirror[string], 20) // which ask etcd at different times
+	for i := range mirrors {
+		mirrors[i] = mustMirror[string](t, client, key, WithCodec(Raw))
+	}
+	var rev Revision
+	for range 20 {
+		rev = mustPut(t, cluster.Client(t), key, "lost")
+	}
+	for _, m := range mirrors {
+		require.NoError(t, m.Wait(t.Context(), rev))
+	}
+	link.Cut()
+	require.NoError(t, cluster.Restore())
+	second()
+	require.Less(t, mustPut(t, cluster.Client(t), key, "new"), rev)
+	for written := time.Now(); time.Since(written) < 3*time.Second; time.Sleep(time.Millisecond) {
+		for _, m := range mirrors {
+			asOf := m.AsOf()
+			if got, _ := m.Get(key); got != "new" {
+				require.False(t, asOf.After(written), "AsOf is %v after a write that is missing", asOf.Sub(written))
+			}
+		}
+	}
+}
+
 func TestMirrorAsOfStandsStillBehindABlackHole(t *testing.T) {
 	t.Parallel()
 	client, link := linkedClient(t)
