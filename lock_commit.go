@@ -275,9 +275,9 @@ func refusal(resp *clientv3.TxnResponse, conditions []clientv3.Cmp) error {
 	if len(conditions) == 0 {
 		return errRefused
 	}
-	for i, r := range resp.Responses[1:] {
-		if !r.GetResponseTxn().Succeeded {
-			return fmt.Errorf("%w: conditions[%d]", ErrConditionFailed, i)
+	for i := 1; i < len(resp.Responses); i++ { // the first is the key
+		if !resp.Responses[i].GetResponseTxn().Succeeded {
+			return fmt.Errorf("%w: conditions[%d]", ErrConditionFailed, i-1)
 		}
 	}
 	return ErrConditionFailed

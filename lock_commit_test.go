@@ -684,6 +684,27 @@ func TestCommitIfThatFailedCanNoLongerArrive(t *testing.T) {
 	require.NoError(t, err)
 }
 
+// An interceptor may answer in place of etcd, and then with nothing.
+func TestCommitIfTakesAnEmptyAnswer(t *testing.T) {
+	t.Parallel()
+	var empty atomic.Bool
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if empty.Load() && strings.HasSuffix(method, "/Txn") {
+			return nil
+		}
+		return invoke(ctx, method, req, reply, conn, opts...)
+	})
+	lock := mustAcquire(t, client, nameOf(t))
+	lock.cancelWatch() // it sends a transaction, too
+	absent := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(nameOf(t)+"-data"), "=", 0)}
+	empty.Store(true)
+	_, err := lock.CommitIf(t.Context(), absent, clientv3.OpPut(nameOf(t)+"-data", ""))
+	empty.Store(false)
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	_, err = lock.CommitIf(t.Context(), absent, clientv3.OpPut(nameOf(t)+"-data", ""))
+	require.NoError(t, err)
+}
+
 // What rules a CommitIf out increments the key's version as well, and its own answer may be lost.
 func TestCommitIfIsNotTakenForWhatRulesItOut(t *testing.T) {
 	t.Parallel()
