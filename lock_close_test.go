@@ -379,3 +379,48 @@ func TestDoReportsAnUnknownReleaseBesideALossOfAnotherLock(t *testing.T) {
 	require.ErrorIs(t, err, ErrLockLost)
 	require.ErrorIs(t, err, ErrUnknownOutcome)
 }
+
+// lingeringWatcher ends its watches a while after their contexts.
+type lingeringWatcher struct{ clientv3.Watcher }
+
+const lingering = 300 * time.Millisecond
+
+func (w lingeringWatcher) Watch(ctx context.Context, key string, opts ...clientv3.OpOption) clientv3.WatchChan {
+	responses := make(chan clientv3.WatchResponse)
+	go func() {
+		defer close(responses)
+		for resp := range w.Watcher.Watch(ctx, key, opts...) {
+			select {
+			case responses <- resp:
+			case <-ctx.Done():
+			}
+		}
+		time.Sleep(lingering)
+	}()
+	return responses
+}
+
+func TestLocksOfALeaseAreToldThoughAWatchLingers(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, testCluster.Endpoints()...)
+	client.Watcher = lingeringWatcher{client.Watcher}
+	lease := mustLease(t, client, time.Minute)
+	locks := make([]*Lock, 20)
+	for i := range locks {
+		lock := mustAcquire(t, client, fmt.Sprintf("%s-%d", nameOf(t), i), WithLease(lease))
+		locks[i] = lock
+		eventually(t, func() bool {
+			lock.mu.Lock()
+			defer lock.mu.Unlock()
+			return lock.unwatch != nil
+		}, "the key is watched")
+	}
+	ended := time.Now()
+	closed := start(func() (struct{}, error) { return struct{}{}, lease.Close() })
+	for _, lock := range locks {
+		<-lock.Done()
+	}
+	require.Less(t, time.Since(ended), 5*lingering)
+	<-closed.done
+	require.NoError(t, closed.err)
+}

@@ -79,12 +79,16 @@ func (w *wrappedSource) report(sub *watchSub) {
 	}
 }
 
+// stop waits for the watch to end, but not for that of a lock's key: the other locks of its lease
+// have yet to be canceled.
 func (w *wrappedSource) stop(sub *watchSub) {
 	w.mu.Lock()
 	sub.stopped = true
 	w.park()
 	w.mu.Unlock()
-	w.running.Wait()
+	if !sub.forLock {
+		w.running.Wait()
+	}
 }
 
 func (w *wrappedSource) park() {
@@ -103,10 +107,10 @@ func (w *wrappedSource) run(ctx context.Context, sub *watchSub) {
 		if failed++; heard {
 			failed = 1
 		}
-		if ctx.Err() != nil {
-			return
-		}
 		w.locked(func() {
+			if ctx.Err() != nil {
+				return
+			}
 			if w.client.Ctx().Err() != nil {
 				w.park()
 				sub.user.refused(errClientClosed)
