@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math"
 	"reflect"
 	"strings"
@@ -618,6 +619,7 @@ func (r *reflector) listOnce(strict bool) (next Revision, err error) {
 	unbroken, cancel := context.WithCancelCause(r.ctx)
 	defer cancel(nil)
 	var rev Revision
+	var listed keyHash
 	limit := int64(minPage)
 	for from, more := r.key, true; more; {
 		resp, err := r.page(from, rev, &limit)
@@ -633,6 +635,7 @@ func (r *reflector) listOnce(strict bool) (next Revision, err error) {
 		r.past.seen, r.past.cluster = resp.Header.Revision, resp.Header.ClusterId
 		for _, kv := range resp.Kvs {
 			r.past.listed(kv)
+			listed.add(kv)
 		}
 		if changes := r.sent.page(resp.Kvs); !r.queue.push(changes...) {
 			r.queue.awaitRoom(r.ctx)
@@ -645,9 +648,58 @@ func (r *reflector) listOnce(strict bool) (next Revision, err error) {
 	if strict && context.Cause(unbroken) == errBroken {
 		return 0, errBroken
 	}
+	if err := r.verifyListed(rev, &listed); err != nil {
+		return 0, err
+	}
 	r.queue.push(append(r.sent.deletions(rev), change{kind: EventSynced, upTo: rev})...)
 	return rev + 1, nil
 }
+
+// maxVerified is up to how many keys the pages of a list are verified: the keys come in one answer,
+// which must be short enough for a slow link.
+const maxVerified = 1000
+
+// verifyListed makes sure that the pages of a list are of one history, where the connection does
+// not show it. It reads at once which keys there are, unless those are very many.
+func (r *reflector) verifyListed(rev Revision, listed *keyHash) error {
+	if listed.keys <= minPage || listed.keys > maxVerified {
+		return nil
+	}
+	op := r.watched(r.key, clientv3.WithRev(rev), clientv3.WithKeysOnly())
+	resp, err := retry(r.ctx, &r.config, RetryPolicy{Elapsed: -1}, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		resp, err := r.client.Do(ctx, op)
+		return resp.Get(), err
+	})
+	switch {
+	case isTooLarge(err): // for the client
+		return nil
+	case err != nil:
+		return err
+	}
+	var now keyHash
+	for _, kv := range resp.Kvs {
+		now.add(kv)
+	}
+	if now.sum() != listed.sum() {
+		return errRestored
+	}
+	return nil
+}
+
+// keyHash is a hash of keys and of when they were written.
+type keyHash struct {
+	keys int
+	hash maphash.Hash
+}
+
+func (h *keyHash) add(kv *mvccpb.KeyValue) {
+	if h.keys++; h.keys == 1 {
+		h.hash.SetSeed(hashSeed)
+	}
+	maphash.WriteComparable(&h.hash, keyState{key: string(kv.Key), mod: kv.ModRevision, create: kv.CreateRevision, version: kv.Version})
+}
+
+func (h *keyHash) sum() uint64 { return h.hash.Sum64() }
 
 // cancelOnDisconnect cancels when all connections of the client are broken, as they are before etcd
 // can be restored.

@@ -15,10 +15,12 @@ import (
 	"example.com/etcdutil/internal/reorder"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/server/v3/embed"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 )
 
@@ -274,4 +276,45 @@ func TestBatchFindsOutWithFewReadsWhatIsCompacted(t *testing.T) {
 	(&batchReader{ctx: t.Context(), client: client}).read(batch)
 	require.Len(t, revs, n*2/3)
 	require.LessOrEqual(t, sent.Load(), int64(10))
+}
+
+// The pages of a list must be of one history. Behind etcd's gRPC proxy the client's connection
+// outlives a restore.
+func TestWatchListsOneHistoryThoughARestoreComesBetweenItsPages(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	proxy := etcdtest.StartProxy(t, cluster)
+	direct := cluster.Client(t)
+	keys := []string{"p/0", "p/1", "p/2", "p/3"}
+	for _, key := range keys {
+		mustPut(t, direct, key, "first")
+	}
+	require.NoError(t, cluster.Backup())
+	for range 3 {
+		mustPut(t, direct, "p/3", "lost")
+	}
+	var restored sync.Once
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{proxy.Endpoint()}, Logger: zap.NewNop(),
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(
+			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				if r, ok := req.(*etcdserverpb.RangeRequest); ok && r.Revision > 0 {
+					restored.Do(func() {
+						assert.NoError(t, cluster.Restore())
+						for range 4 {
+							mustPut(t, cluster.Client(t), "p/0", "second")
+						}
+					})
+				}
+				return invoke(ctx, method, req, reply, cc, opts...)
+			})},
+	})
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	w := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithSnapshot())
+	have := map[string]string{}
+	for e := next(t, w); e.Type != EventSynced; e = next(t, w) {
+		have[e.Key] = e.Value
+	}
+	require.Equal(t, map[string]string{"p/0": "second", "p/1": "first", "p/2": "first", "p/3": "first"}, have)
 }
