@@ -191,8 +191,8 @@ func TestWatchKeepsItsStreamAfterItsProcessWasSuspended(t *testing.T) {
 	require.Equal(t, before, hubRef{client}.streams())
 }
 
-// Before a watch is resumed etcd sorts the keys of its prefix, to find the newest. It cannot do that
-// for very many watches at once.
+// Before a watch is resumed etcd sorts the keys of its prefix, to find the newest. It cannot do
+// that for very many watches at once.
 func TestManyWatchesOfALargePrefixAreResumedAfterAReset(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)

@@ -145,8 +145,8 @@ var aims = map[kind]string{
 }
 
 // faultAnswers spoils the answers to one host's writes. While the answer to a write that is to be
-// disturbed is lost, the lock of the disturbed name is taken away, so that a repetition of the write
-// is refused.
+// disturbed is lost, the lock of the disturbed name is taken away, so that a repetition of the
+// write is refused.
 func (t *torture) faultAnswers(f fault) bool {
 	h := t.hosts[t.aimedAt(f)]
 	if !h.spoiled.CompareAndSwap(false, true) {
