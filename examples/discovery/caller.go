@@ -55,7 +55,12 @@ func (c *caller) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		for key := range c.addresses.All() {
 			if address, ok := c.addresses.Get(key); ok { // now, and not when the iteration began
-				c.note(call{address.ID, time.Now(), c.call(ctx, address)})
+				at := time.Now()
+				err := c.call(ctx, address)
+				if ctx.Err() != nil {
+					return
+				}
+				c.note(call{address.ID, at, err})
 			}
 		}
 		time.Sleep(5 * time.Millisecond)
