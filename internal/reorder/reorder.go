@@ -29,12 +29,22 @@ func (p *Progress) Intercept(
 	return &watchStream{ClientStream: stream, progress: p}, nil
 }
 
-// watchStream is used by one receiver.
+// watchStream is used by one sender and one receiver.
 type watchStream struct {
 	grpc.ClientStream
 	progress *Progress
+	sent     atomic.Int64      // requests for a watch
+	created  int64             // answers to them
 	held     *pb.WatchResponse // an answer about progress
+	heldAt   int64             // how many watches had been requested when it came
 	next     *pb.WatchResponse // what comes next
+}
+
+func (s *watchStream) SendMsg(m any) error {
+	if m.(*pb.WatchRequest).GetCreateRequest() != nil {
+		s.sent.Add(1)
+	}
+	return s.ClientStream.SendMsg(m)
 }
 
 func (s *watchStream) RecvMsg(m any) error {
@@ -51,13 +61,20 @@ func (s *watchStream) RecvMsg(m any) error {
 	return nil
 }
 
-// reorder returns what comes now, nil if that is held back.
+// reorder returns what comes now, nil if that is held back. Progress comes after the creation only
+// of a watch that was requested after the answer had come: what is made after a creation may be
+// sent before it, but never between the creation and the watch's first events.
 func (s *watchStream) reorder(resp *pb.WatchResponse) *pb.WatchResponse {
 	switch {
 	case isProgress(resp):
 		s.progress.held.Add(1)
 		resp, s.held = s.held, resp
+		s.heldAt = s.sent.Load()
 	case resp.Created:
+		s.created++
+		if s.held != nil && s.created <= s.heldAt {
+			resp, s.held = s.held, resp
+		}
 		s.next, s.held = s.held, nil
 	}
 	return resp
