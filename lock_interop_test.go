@@ -175,3 +175,36 @@ func installedEtcdctl(t *testing.T) string {
 	}
 	return filepath.Join(dir, "etcdctl")
 }
+
+// etcdctl elect and Lead share a queue, and Holder reports either.
+func TestEtcdctlElectTakesTurnsWithLead(t *testing.T) {
+	t.Parallel()
+	etcdctl := installedEtcdctl(t)
+	client := testCluster.Client(t)
+	theirs := exec.Command(etcdctl, "--endpoints", testCluster.Endpoints()[0], "elect", nameOf(t), "theirs")
+	theirs.Env = append(os.Environ(), "ETCDCTL_API=3")
+	require.NoError(t, theirs.Start())
+	waiters(t, client, nameOf(t), 1)
+	holder, err := Holder(t.Context(), client, nameOf(t))
+	require.NoError(t, err)
+	require.Equal(t, "theirs", holder.Value)
+
+	led := make(chan struct{})
+	leading := start(func() (struct{}, error) {
+		return struct{}{}, Lead(t.Context(), client, nameOf(t), func(context.Context) error {
+			close(led)
+			return nil
+		}, WithValue("ours"))
+	})
+	waiters(t, client, nameOf(t), 2)
+	select {
+	case <-led:
+		require.Fail(t, "two lead")
+	case <-time.After(100 * time.Millisecond):
+	}
+	require.NoError(t, theirs.Process.Signal(os.Interrupt)) // it resigns
+	_ = theirs.Wait()
+	within(t, patience, led, "ours leads")
+	within(t, patience, leading.done, "and ends with its function")
+	require.NoError(t, leading.err)
+}
