@@ -89,8 +89,10 @@ func (o ttlOption) applyRegister(c *registerConfig) {
 //
 // Closing the lock leaves the lease alive. Losing the lease loses the lock, and so does closing it:
 // then the cause is ErrLockLost wrapping ErrClosed. A lock that is not closed blocks others for as
-// long as the lease lives, also after the lock's parent has ended. A lease that is nil or has ended
-// is refused, and so is any option about the lock's own lease.
+// long as the lease lives, also after the lock's parent has ended.
+//
+// WithLease refuses a lease that is nil or has ended. It cannot be combined with an option about
+// the lock's own lease.
 func WithLease(lease *Lease) LockOption {
 	return lockOption(func(c *lockConfig) { c.lease, c.shared = lease, true })
 }

@@ -39,7 +39,7 @@ func (o codecOption) applyLog(c *logConfig) { c.codec = o.codec }
 // instead of the latest one. 0 begins with the first entry, or the first one since the log was
 // deleted. The reader ends with [ErrGap] where entries were compacted. If etcd has compacted the
 // revision itself, NewLogReader returns ErrGap, even if the log has no entries there. A negative
-// revision is refused, and so is the option for a writer.
+// revision is refused. A writer refuses this option.
 func WithEveryEntry(from Revision) LogOption {
 	return logOption(func(c *logConfig) { c.every = &from })
 }
@@ -50,7 +50,8 @@ func WithEveryEntry(from Revision) LogOption {
 //
 // The reader ends with [ErrGap] if entries after that one are missing. It does not end because etcd
 // has compacted the revision: a log that was quiet is read on across compaction. A negative version
-// or revision is refused, and so is the option beside [WithEveryEntry] or for a writer.
+// or revision is refused. A writer refuses this option, and a reader refuses it beside
+// [WithEveryEntry].
 func WithEntriesAfter(version int64, revision Revision) LogOption {
 	return logOption(func(c *logConfig) { c.after = &entryMark{version, revision} })
 }

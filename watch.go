@@ -142,7 +142,7 @@ func WithPrev() WatchOption {
 // WithRevision watches from this revision on, inclusive. The default, and 0, is from now on. The
 // revision may be in the past. If etcd has compacted it, or if it is more than one past etcd's
 // revision, because etcd was restored from a backup, Watch returns [ErrGap]. A negative revision is
-// refused, and so is the option beside [WithSnapshot].
+// refused. The option cannot be combined with [WithSnapshot].
 func WithRevision(r Revision) WatchOption {
 	return watchOption(func(c *watchConfig) { c.from = r })
 }
