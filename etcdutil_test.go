@@ -15,7 +15,6 @@ import (
 	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -177,21 +176,8 @@ func leases(t testing.TB, client *clientv3.Client) []clientv3.LeaseStatus {
 // hashed cheaply, which else takes seconds while other tests run under the race detector.
 func authCluster(t *testing.T, tokenTTL uint) (cluster *etcdtest.Cluster, root *clientv3.Client) {
 	t.Helper()
-	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.AuthTokenTTL, c.BcryptCost = tokenTTL, 4 })
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = cluster.Close() })
-	admin, ctx := cluster.Client(t), context.Background()
-	for _, name := range []string{"root", "user"} {
-		_, err := admin.UserAdd(ctx, name, "secret")
-		require.NoError(t, err)
-		_, err = admin.RoleAdd(ctx, name)
-		require.NoError(t, err)
-		_, err = admin.UserGrantRole(ctx, name, name)
-		require.NoError(t, err)
-	}
-	_, err = admin.RoleGrantPermission(ctx, "user", "allowed/", "allowed0", clientv3.PermissionType(clientv3.PermReadWrite))
-	require.NoError(t, err)
-	_, err = admin.AuthEnable(ctx)
+	cluster, admin := passwordCluster(t, tokenTTL)
+	_, err := admin.AuthEnable(t.Context())
 	require.NoError(t, err)
 	return cluster, userClient(t, "root", nil, cluster.Endpoints()...)
 }

@@ -63,9 +63,9 @@ func TestWatchListsOnceThoughItsReaderIsSlow(t *testing.T) { // not in parallel:
 
 // passwordCluster is a cluster of one member in which "root" may do everything and "user" what is
 // below allowed/. Authentication is not enabled yet.
-func passwordCluster(t *testing.T) (cluster *etcdtest.Cluster, admin *clientv3.Client) {
+func passwordCluster(t *testing.T, tokenTTL uint) (cluster *etcdtest.Cluster, admin *clientv3.Client) {
 	t.Helper()
-	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.BcryptCost = 4 })
+	cluster, err := etcdtest.NewWith(1, func(c *embed.Config) { c.AuthTokenTTL, c.BcryptCost = tokenTTL, 4 })
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = cluster.Close() })
 	admin, ctx := cluster.Client(t), context.Background()
@@ -86,7 +86,7 @@ func passwordCluster(t *testing.T) (cluster *etcdtest.Cluster, admin *clientv3.C
 // and the other one the stream.
 func TestStreamsWithAPasswordLeaveASilentConnectionOfTwo(t *testing.T) {
 	t.Parallel()
-	cluster, admin := passwordCluster(t)
+	cluster, admin := passwordCluster(t, 300)
 	_, err := admin.AuthEnable(t.Context())
 	require.NoError(t, err)
 	root := userClient(t, "root", nil, cluster.Endpoints()...)
@@ -119,7 +119,7 @@ func TestStreamsWithAPasswordLeaveASilentConnectionOfTwo(t *testing.T) {
 // A client without a user has no better token for another stream.
 func TestLockOpensFewStreamsWhileItsWatchIsRefused(t *testing.T) {
 	t.Parallel()
-	cluster, admin := passwordCluster(t)
+	cluster, admin := passwordCluster(t, 300)
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
 	client := newClient(t, link.Endpoint())
 	mustAcquire(t, client, "allowed/lock", WithTTL(30*time.Second))
