@@ -416,8 +416,7 @@ func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
 	}
 }
 
-func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) {
-	t.Parallel()
+func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) { // not in parallel: its bounds are short
 	for name, c := range map[string]struct {
 		fault func(t *testing.T, cluster *etcdtest.Cluster, link *etcdtest.Link)
 		bound time.Duration // of Acquire and of Commit
