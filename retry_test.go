@@ -439,10 +439,7 @@ func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) { // not in paralle
 			endpoints := cluster.Endpoints()
 			endpoints[follower] = link.Endpoint()
 			client := newClient(t, endpoints...)
-			for range 6 { // all connections stand
-				_, err := client.Get(t.Context(), "key")
-				require.NoError(t, err)
-			}
+			awaitConnections(t, client)
 			c.fault(t, cluster, link)
 			for range 4 {
 				var lock *Lock

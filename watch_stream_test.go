@@ -145,10 +145,7 @@ func TestWatchLeavesTwoSilentConnectionsOfThree(t *testing.T) {
 	rev := mustPut(t, writer, "k", "")
 	require.Equal(t, rev, next(t, w).Revision)
 	addEndpoints(client, second.Endpoint())
-	for range 4 { // connect
-		_, err := client.Get(t.Context(), "k")
-		require.NoError(t, err)
-	}
+	awaitConnections(t, client)
 	first.Cut()
 	second.Cut()
 	eventually(t, func() bool {

@@ -27,6 +27,7 @@ import (
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 )
 
 // next is the watcher's next event.
@@ -541,6 +542,21 @@ func TestWatchGoesOnAfterValuesThatDoNotDecode(t *testing.T) {
 // addEndpoints lets a client use other members too; what it has opened stays where it is.
 func addEndpoints(client *clientv3.Client, endpoints ...string) {
 	client.SetEndpoints(append(client.Endpoints(), endpoints...)...)
+}
+
+// awaitConnections waits until the client is connected to each of its endpoints.
+func awaitConnections(t *testing.T, client *clientv3.Client) {
+	t.Helper()
+	connected := make(map[string]bool)
+	eventually(t, func() bool {
+		var answering peer.Peer
+		_, err := etcdserverpb.NewMaintenanceClient(client.ActiveConnection()).
+			Status(t.Context(), &etcdserverpb.StatusRequest{}, grpc.Peer(&answering))
+		if err == nil {
+			connected[answering.Addr.String()] = true
+		}
+		return len(connected) == len(client.Endpoints())
+	}, "a connection to each endpoint")
 }
 
 func TestWatchLeavesAMemberThatIsIsolated(t *testing.T) {
