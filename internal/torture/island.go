@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -327,7 +328,7 @@ func (f *islandFollower) has(value string) bool {
 	return f.last == value
 }
 
-// observe follows every change of a key, from now on until a gap or the end.
+// observe takes the value of a key, and follows every later change until a gap or the end.
 func (w *islander) observe(f *islandFollower, key string) {
 	epoch := w.island.epoch()
 	ctx, cancel := context.WithTimeout(w.ctx, 2*time.Second)
@@ -336,6 +337,12 @@ func (w *islander) observe(f *islandFollower, key string) {
 	if err != nil {
 		sleep(w.ctx, w.upTo(20*time.Millisecond))
 		return
+	}
+	for _, kv := range resp.Kvs {
+		var value string
+		if json.Unmarshal(kv.Value, &value) == nil {
+			f.saw(etcdutil.Event[string]{Type: etcdutil.EventPut, Value: value})
+		}
 	}
 	now := resp.Header.Revision
 	watcher, err := etcdutil.Watch[string](w.ctx, w.host.client, key, etcdutil.WithRevision(now+1))
