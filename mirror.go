@@ -30,9 +30,16 @@ type Mirror[T any] struct {
 	current atomic.Pointer[mirrorCopy[T]]
 	asOf    atomic.Pointer[time.Time]
 	watcher atomic.Pointer[Watcher[decoded[T]]] // nil before the first
-	reports *Notify[Revision]                   // the revision that the watch has come to
+	reports *Notify[mirrorReport]
+	asked   atomic.Int64 // how many reports of the watcher were asked for
 	changes *Notify[Revision]
 	running sync.WaitGroup
+}
+
+// A mirrorReport says how far the copy has come.
+type mirrorReport struct {
+	upTo  Revision
+	asked int64 // the watch stood after a report of this number was asked for
 }
 
 const (
@@ -104,7 +111,7 @@ func newMirror[T any](ctx context.Context, key string, c watchConfig) (*Mirror[T
 	}
 	m := &Mirror[T]{config: c, key: key}
 	m.init(ctx)
-	m.reports, m.changes = NewNotify[Revision](m.ctx), NewNotify[Revision](m.ctx)
+	m.reports, m.changes = NewNotify[mirrorReport](m.ctx), NewNotify[Revision](m.ctx)
 	began := time.Now()
 	w, err := m.load()
 	if err != nil {
@@ -289,23 +296,24 @@ func (m *Mirror[T]) Wait(ctx context.Context, r Revision) error {
 	if m.Revision() >= r {
 		return nil
 	}
-	if err := m.await(ctx, m.reports.Receiver(), r, true); err != nil {
+	if err := m.await(ctx, mirrorReport{upTo: r}, true); err != nil {
 		return errorf("wait for revision %d of mirror %q: %w", r, m.key, err)
 	}
 	return nil
 }
 
-// await waits until a report says that the watch has come to r. It asks etcd how far that is, after
-// a while also if ask is false: then no change is expected.
-func (m *Mirror[T]) await(ctx context.Context, reports *Receiver[Revision], r Revision, ask bool) error {
+// await waits for a report that is at least the wanted one. It asks etcd how far the watch has come,
+// after a while also if ask is false: then no change is expected.
+func (m *Mirror[T]) await(ctx context.Context, wanted mirrorReport, ask bool) error {
+	reports, number := m.reports.Receiver(), max(wanted.asked, m.asked.Load())
 	for pause := 10 * time.Millisecond; ; pause, ask = min(2*pause, mirrorMaxBackoff), true {
 		w := m.watcher.Load()
-		w.report()
+		w.report(number)
 		if ask {
 			w.askProgress()
 		}
 		attempt, cancel := context.WithTimeout(ctx, pause)
-		err := receiveUpTo(attempt, reports, r)
+		err := receiveReport(attempt, reports, wanted)
 		cancel()
 		switch {
 		case err == nil:
@@ -318,9 +326,9 @@ func (m *Mirror[T]) await(ctx context.Context, reports *Receiver[Revision], r Re
 	}
 }
 
-func receiveUpTo(ctx context.Context, reports *Receiver[Revision], r Revision) error {
+func receiveReport(ctx context.Context, reports *Receiver[mirrorReport], wanted mirrorReport) error {
 	for {
-		if rev, err := reports.Recv(ctx); err != nil || rev >= r {
+		if r, err := reports.Recv(ctx); err != nil || r.upTo >= wanted.upTo && r.asked >= wanted.asked {
 			return err
 		}
 	}
@@ -342,13 +350,13 @@ func (m *Mirror[T]) keepVerifying() {
 }
 
 // verify moves AsOf to now, if the copy is up to date. It reads the store's revision, from the
-// quorum, and waits for the watch to report that it has come so far. A report from before the read
-// would prove nothing, nor would a copy of the same revision: etcd may have been restored since. If
-// the store has gone back, the watch has yet to notice.
+// quorum, and waits for the watch to report that it has come so far. A report that was asked for
+// before the read would prove nothing, nor would a copy of the same revision: etcd may have been
+// restored since. If the store has gone back, the watch has yet to notice.
 func (m *Mirror[T]) verify() {
 	ctx, cancel := context.WithTimeout(m.ctx, verifyTimeout)
 	defer cancel()
-	before, sent := m.Revision(), time.Now()
+	before, sent := m.watcher.Load().received(), time.Now()
 	key := m.key
 	if key == "" {
 		key = "\x00" // etcd reads no empty key
@@ -360,10 +368,8 @@ func (m *Mirror[T]) verify() {
 	if err != nil || resp.Header.Revision < before {
 		return
 	}
-	reports := m.reports.Receiver()
-	_, _ = reports.Recv(ctx) // the last from before
 	rev := resp.Header.Revision
-	if m.await(ctx, reports, rev, m.Revision() < rev) == nil {
+	if m.await(ctx, mirrorReport{rev, m.asked.Add(1)}, m.Revision() < rev) == nil {
 		m.asOf.Store(&sent)
 	}
 }
@@ -419,6 +425,7 @@ type mirrorFollower[T any] struct {
 	m     *Mirror[T]
 	w     *Watcher[decoded[T]]
 	draft *mirrorDraft[T] // nil between two transactions
+	asked int64           // the number of the last eventReport
 }
 
 // take applies an event. The copy changes after the last event of a transaction or of a list.
@@ -427,6 +434,9 @@ func (f *mirrorFollower[T]) take(e Event[decoded[T]]) {
 	case eventListing:
 		f.draft = newMirrorList(f.m.current.Load())
 	case eventProgress:
+		f.moveTo(e.Revision)
+	case eventReport:
+		f.asked = max(f.asked, e.Version)
 		f.moveTo(e.Revision)
 	case EventSynced:
 		f.publish(e.Revision, e.Revision)
@@ -452,7 +462,7 @@ func (f *mirrorFollower[T]) publish(upTo, changed Revision) {
 	next, differs := f.draft.done(upTo)
 	f.draft = nil
 	first := f.m.current.Swap(next) == nil
-	_ = f.m.reports.Send(upTo)
+	_ = f.m.reports.Send(mirrorReport{upTo, f.asked})
 	if differs && !first {
 		_ = f.m.changes.Send(changed)
 	}
@@ -466,7 +476,7 @@ func (f *mirrorFollower[T]) moveTo(upTo Revision) {
 	next := *f.m.current.Load()
 	next.revision = upTo
 	f.m.current.Store(&next)
-	_ = f.m.reports.Send(upTo)
+	_ = f.m.reports.Send(mirrorReport{upTo, f.asked})
 }
 
 // mirrorDraft is the next copy in the making: what old becomes by changes, or what a list says.

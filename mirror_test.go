@@ -504,6 +504,50 @@ func TestMirrorAsOfMindsARestoreBehindADeadConnection(t *testing.T) {
 	}
 }
 
+// What the mirror has yet to decode is of the old history, and of later revisions.
+func TestMirrorAsOfMindsARestoreBehindABacklog(t *testing.T) {
+	t.Parallel()
+	cluster, key := etcdtest.Start(t, 1), nameOf(t)
+	mustPut(t, cluster.Client(t), key, "kept")
+	require.NoError(t, cluster.Backup())
+	codec := &slowCodec{Codec: Raw, release: make(chan struct{})}
+	m := mustMirror[string](t, cluster.Client(t), key, WithCodec(codec))
+	codec.slow.Store(true)
+	for range 20 {
+		mustPut(t, cluster.Client(t), key, "lost")
+	}
+	require.NoError(t, cluster.Restore())
+	for range 10 {
+		mustPut(t, cluster.Client(t), key, "new")
+	}
+	written := time.Now()
+	eventually(t, func() bool { return m.asked.Load() > 3 }, "the mirror asks")
+	close(codec.release)
+	eventually(t, func() bool {
+		asOf := m.AsOf()
+		got, _ := m.Get(key)
+		if got != "new" {
+			require.False(t, asOf.After(written), "AsOf is %v after a write that is missing", asOf.Sub(written))
+		}
+		return got == "new" && asOf.After(written)
+	}, "the mirror is right again")
+}
+
+// slowCodec blocks once it is slow until it is released, and is slow from then on.
+type slowCodec struct {
+	Codec
+	slow    atomic.Bool
+	release chan struct{}
+}
+
+func (c *slowCodec) Unmarshal(data []byte, v any) error {
+	if c.slow.Load() {
+		<-c.release
+		time.Sleep(100 * time.Millisecond)
+	}
+	return c.Codec.Unmarshal(data, v)
+}
+
 func TestMirrorAsOfStandsStillBehindABlackHole(t *testing.T) {
 	t.Parallel()
 	client, link := linkedClient(t)

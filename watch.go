@@ -53,6 +53,9 @@ const (
 	eventListing EventType = -1 - iota
 	// eventProgress says that no more changes up to Event.Revision will come.
 	eventProgress
+	// eventReport says so as well, in answer to Watcher.report. Event.Version is the number that it
+	// was asked for by.
+	eventReport
 )
 
 // String returns "put", "delete", "synced" or "invalid".
@@ -402,6 +405,7 @@ func (w *Watcher[T]) send(e Event[T]) bool {
 func (w *Watcher[T]) event(c change) Event[T] {
 	e := Event[T]{Type: c.kind, Revision: c.upTo}
 	if c.kv == nil {
+		e.Version = c.asked
 		return e
 	}
 	e.Key, e.Version, e.Revision, e.CreateRevision = string(c.kv.Key), c.kv.Version, c.kv.ModRevision, c.kv.CreateRevision
@@ -431,18 +435,27 @@ func (w *Watcher[T]) valueOf(kv *mvccpb.KeyValue) (T, error) {
 // come.
 func (w *Watcher[T]) askProgress() { w.reflector.source.askProgress(&w.reflector.sub) }
 
-// report has the watcher report how far it has come, after all that it has received so far, if its
-// watch stands. It never blocks.
-func (w *Watcher[T]) report() { w.reflector.source.report(&w.reflector.sub) }
+// report has the watcher send an eventReport of this number, after all that it has received so far,
+// if its watch stands. It never blocks.
+func (w *Watcher[T]) report(number int64) {
+	w.reflector.source.standing(&w.reflector.sub, func() { w.queue.report(number, w.reflector.sub.next-1) })
+}
+
+// received returns up to where etcd has sent everything, delivered or not.
+func (w *Watcher[T]) received() (upTo Revision) {
+	w.reflector.source.locked(func() { upTo = w.reflector.sub.next - 1 })
+	return upTo
+}
 
 // change is what a reflector has for its watcher: an event, how far the reflector has come, or its
 // end.
 type change struct {
-	kind EventType // 0: no event
-	kv   *mvccpb.KeyValue
-	prev *mvccpb.KeyValue
-	upTo Revision // when this has been received, everything up to here has; 0: no news
-	end  error
+	kind  EventType // 0: no event
+	kv    *mvccpb.KeyValue
+	prev  *mvccpb.KeyValue
+	upTo  Revision // when this has been received, everything up to here has; 0: no news
+	asked int64    // of an eventReport: the number that it was asked for by
+	end   error
 }
 
 // size is about what c takes in memory.
@@ -521,6 +534,18 @@ func (q *queue) pass(upTo Revision) {
 	default:
 		q.upTo = max(q.upTo, upTo)
 	}
+}
+
+// report queues an eventReport behind everything else. One is enough.
+func (q *queue) report(number int64, upTo Revision) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if last := len(q.changes) - 1; last >= 0 && q.changes[last].kind == eventReport {
+		q.changes[last].upTo, q.changes[last].asked = upTo, max(q.changes[last].asked, number)
+		return
+	}
+	q.changes = append(q.changes, change{kind: eventReport, upTo: upTo, asked: number})
+	wake(q.filled)
 }
 
 // take takes what is queued, after everything up to rev was received. It returns up to where

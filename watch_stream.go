@@ -100,8 +100,8 @@ type watchSource interface {
 	locked(f func())
 	// askProgress asks now how far the watch has come.
 	askProgress(sub *watchSub)
-	// report delivers how far a watch that stands has come, behind what was delivered before.
-	report(sub *watchSub)
+	// standing calls f as the methods of the watch's user are called, if the watch stands.
+	standing(sub *watchSub, f func())
 	// stop ends a watch: its user is not called any more.
 	stop(sub *watchSub)
 }
@@ -275,11 +275,11 @@ func (r hubRef) askProgress(sub *watchSub) {
 	}
 }
 
-func (r hubRef) report(sub *watchSub) {
+func (r hubRef) standing(sub *watchSub, f func()) {
 	h := r.lock()
 	defer h.mu.Unlock()
 	if sub.current != nil && sub.current.created && !sub.home.ended {
-		sub.user.deliver(nil, sub.next-1)
+		f()
 	}
 }
 

@@ -70,12 +70,12 @@ func (w *wrappedSource) askProgress(*watchSub) {
 	}
 }
 
-// report cannot exclude that clientv3 is about to resume the watch.
-func (w *wrappedSource) report(sub *watchSub) {
+// standing cannot exclude that clientv3 is about to resume the watch.
+func (w *wrappedSource) standing(sub *watchSub, f func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.cancel != nil && sub.next != 0 {
-		sub.user.deliver(nil, sub.next-1)
+		f()
 	}
 }
 
