@@ -86,7 +86,7 @@ type watchSub struct {
 
 // A watchSource keeps watches.
 type watchSource interface {
-	// streams returns how many streams were opened so far.
+	// streams returns a number that grows with each stream that is opened.
 	streams() int64
 	// start begins a watch, and resumes a parked one.
 	start(sub *watchSub)
@@ -193,8 +193,8 @@ type watchHub struct {
 	all      map[*watchStream]struct{}
 	live     *watchStream
 	locks    *watchStream
-	catchUps []*watchStream // those that may still be joined
-	opened   int64
+	catchUps []*watchStream       // those that may still be joined
+	opened   int64                // counts streams, those of the client's earlier hubs included
 	known    Revision             // etcd has come at least so far
 	failures [streamKinds]int     // in a row
 	silences [streamKinds]int     // in a row: streams that were given up without an answer
@@ -208,6 +208,7 @@ type watchHub struct {
 var watchHubs = struct {
 	sync.Mutex
 	byClient map[*clientv3.Client]*watchHub
+	opened   int64 // as many streams as a hub had opened when it ended
 }{byClient: make(map[*clientv3.Client]*watchHub)}
 
 // sourceOf returns what keeps a client's watches.
@@ -326,6 +327,7 @@ func newWatchHub(client *clientv3.Client) *watchHub {
 		subs:    make(map[*watchSub]struct{}),
 		all:     make(map[*watchStream]struct{}),
 		avoided: make(map[string]time.Time),
+		opened:  watchHubs.opened,
 	}
 	// Every watch needs a leader, so that a member that is cut off from the quorum is left.
 	h.ctx, h.cancel = context.WithCancel(clientv3.WithRequireLeader(context.Background()))
@@ -587,6 +589,7 @@ func (h *watchHub) tick() {
 		watchHubs.Lock()
 		defer watchHubs.Unlock()
 		delete(watchHubs.byClient, h.client)
+		watchHubs.opened = max(watchHubs.opened, h.opened)
 		return
 	}
 	h.timer.Reset(hubTick)
