@@ -962,6 +962,7 @@ func (s *watchStream) receive(rpc pb.Watch_WatchClient) error {
 var (
 	errReaderBehind = errors.New("the reader is behind")
 	errIdle         = errors.New("the watch stream does not answer")
+	errMemberBehind = errors.New("the member is behind what was read, or etcd was restored")
 )
 
 // reason is why the stream ended.
@@ -1059,14 +1060,26 @@ func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
 		s.hub.arrived(sub)
 		return
 	}
-	if sub.next == 0 && !sub.forLock {
-		sub.next = r.createdAt + 1
-		sub.from = max(sub.from, sub.next)
+	if sub.next == 0 && !sub.forLock && !sub.beginAfter(r.createdAt) {
+		s.hub.park(sub)
+		s.hub.place(sub)
+		return
 	}
 	sub.user.created(r.createdAt)
 	if sub.forLock {
 		s.hub.readKey(sub)
 	}
+}
+
+// beginAfter begins a watch from now on behind the revision at which it was created. It reports
+// whether the watch is right so: etcd was read before, and must not have been at a later revision
+// then. If it was, the member lags or etcd was restored meanwhile. Then the watch is created anew
+// where it was wanted, so that its history is checked.
+func (sub *watchSub) beginAfter(created Revision) bool {
+	sub.next = max(created+1, sub.from)
+	lags := sub.next > created+1
+	sub.from = sub.next
+	return !lags
 }
 
 // readKey reads the key of a watch that was created from now on: it may have been deleted before.

@@ -275,9 +275,8 @@ func (w *wrappedSource) handle(sub *watchSub, resp *clientv3.WatchResponse) (roo
 		}
 		return true, err
 	case resp.Created:
-		if sub.next == 0 && !sub.forLock {
-			sub.next = resp.Header.Revision + 1
-			sub.from = max(sub.from, sub.next)
+		if sub.next == 0 && !sub.forLock && !sub.beginAfter(resp.Header.Revision) {
+			return true, errMemberBehind
 		}
 		sub.user.created(resp.Header.Revision)
 		return true, nil
