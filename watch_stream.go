@@ -617,7 +617,7 @@ func (h *watchHub) streamEnded(s *watchStream, err error) {
 	tooLarge := isTooLarge(err)
 	switch {
 	case s.answered:
-		h.failures[s.kind], h.silences[s.kind] = 0, 0
+		h.failures[s.kind] = 0
 	case len(s.subs) == 0:
 	case s.number > 0:
 		// It may break again and again. Those that wait must not miss the time in between.
@@ -625,7 +625,7 @@ func (h *watchHub) streamEnded(s *watchStream, err error) {
 	default:
 		h.failures[s.kind]++
 	}
-	if s.idle && !s.answered {
+	if s.idle && !s.heard {
 		h.silences[s.kind]++
 	}
 	if len(s.subs) > 0 && !tooLarge && !s.stalledOut {
@@ -648,6 +648,9 @@ func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge
 	}
 	sub.current, sub.home = nil, nil
 	sub.large = sub.large || tooLarge
+	if s.idle && s.served && sub.next <= h.known {
+		sub.tooMuchAtOnce(s)
+	}
 	if sub.moving != nil {
 		sub.current, sub.home, sub.moving = sub.moving, sub.moving.stream, nil
 		return
@@ -659,6 +662,16 @@ func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge
 		sub.user.failed(err)
 	}
 	h.place(sub)
+}
+
+// tooMuchAtOnce has a watch that is behind get less in a message than on a stream that did not
+// answer: over a slow link a large message takes longer than the timeout.
+func (sub *watchSub) tooMuchAtOnce(s *watchStream) {
+	if s.catchesUp() {
+		sub.large = true
+	} else {
+		sub.settled = false // what it missed comes by a catch-up stream
+	}
 }
 
 // A watchStream is a gRPC stream for watches, from when it is opened until it fails.
@@ -688,6 +701,7 @@ type watchStream struct {
 	out      []*pb.WatchRequest
 
 	answered   bool
+	heard      bool          // answered; where watches catch up, with more than creations
 	quiet      time.Duration // since the last answer
 	full       bool          // it waits for its reader, and takes no answers meanwhile
 	pinged     bool          // and not answered
@@ -860,7 +874,7 @@ func (r *registration) drop() {
 func (s *watchStream) tick(now time.Time, passed time.Duration) {
 	if len(s.subs) > 0 {
 		s.used = now
-	} else if s.kind == catchUpStream || s.kind == ownStream || s.closed || now.Sub(s.used) >= streamLinger {
+	} else if s.catchesUp() || s.closed || now.Sub(s.used) >= streamLinger {
 		s.ended = true // no watch joins it any more
 		s.cancel()
 		return
@@ -888,10 +902,16 @@ func (s *watchStream) tick(now time.Time, passed time.Duration) {
 	case s.kind != liveStream || now.Sub(s.askedAt) >= progressInterval:
 		s.askProgress(now)
 	}
-	if s.kind == catchUpStream || s.kind == ownStream {
+	if s.catchesUp() && s.answers() {
 		s.moveQuiet(now)
 	}
 }
+
+// catchesUp reports whether the stream is for watches that are behind.
+func (s *watchStream) catchesUp() bool { return s.kind == catchUpStream || s.kind == ownStream }
+
+// answers reports whether nothing large is under way, which would delay the answer to a ping.
+func (s *watchStream) answers() bool { return s.quiet < 2*pingAfter }
 
 func (s *watchStream) askProgress(now time.Time) {
 	if s.proxied || now.Sub(s.askedAt) < minProgressInterval {
@@ -1011,7 +1031,10 @@ func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
 	s.hub.mu.Lock()
 	defer s.hub.mu.Unlock()
 	s.answered, s.quiet = true, 0
-	s.hub.failures[s.kind], s.hub.silences[s.kind] = 0, 0
+	s.hub.failures[s.kind] = 0
+	if s.heard = s.heard || !resp.Created || !s.catchesUp(); s.heard {
+		s.hub.silences[s.kind] = 0
+	}
 	switch {
 	case resp.Created:
 		s.handleCreated(resp)
@@ -1214,7 +1237,7 @@ func (s *watchStream) progressed(sub *watchSub, rev Revision) {
 		sub.next = rev + 1
 		sub.user.deliver(nil, rev)
 	}
-	if s.kind == catchUpStream || s.kind == ownStream {
+	if s.catchesUp() {
 		s.hub.move(sub)
 	}
 }
