@@ -30,9 +30,9 @@ type keyWatch struct {
 
 func (k *keyWatch) stop() { k.source.stop(&k.sub) }
 
-func (k *keyWatch) history(Revision) ([]clientv3.Op, int) { return nil, 0 }
+func (k *keyWatch) history(Revision) stateRead { return stateRead{} }
 
-func (k *keyWatch) checked(resp *clientv3.TxnResponse, err error) historyVerdict {
+func (k *keyWatch) checked(_ stateRead, resp *clientv3.TxnResponse, err error) historyVerdict {
 	switch {
 	case err != nil:
 		go k.gone(err)
@@ -43,9 +43,9 @@ func (k *keyWatch) checked(resp *clientv3.TxnResponse, err error) historyVerdict
 	return resumeWatch
 }
 
-func (k *keyWatch) present() ([]clientv3.Op, int) { return nil, 0 }
+func (k *keyWatch) present() stateRead { return stateRead{} }
 
-func (k *keyWatch) unchanged(*clientv3.TxnResponse) bool { return false }
+func (k *keyWatch) unchanged(stateRead, *clientv3.TxnResponse) bool { return false }
 
 func (k *keyWatch) created(Revision) {}
 

@@ -316,19 +316,21 @@ func (r *reflector) changeOf(e *mvccpb.Event) change {
 // errRestored says that etcd has gone back to an older state, and may have been written since.
 var errRestored = errors.New("etcd has another history: it was restored")
 
-func (r *reflector) history(next Revision) (ops []clientv3.Op, cost int) {
+func (r *reflector) history(next Revision) stateRead {
 	at := next - 1
 	if r.atNext {
 		at = next
 	}
 	if at <= 0 {
-		return nil, 0
+		return stateRead{}
 	}
-	return r.past.reads(r, at), r.past.cost(r)
+	return r.past.read(r, at)
 }
 
-func (r *reflector) checked(resp *clientv3.TxnResponse, err error) historyVerdict {
+func (r *reflector) checked(read stateRead, resp *clientv3.TxnResponse, err error) historyVerdict {
 	switch {
+	case read.known != r.past.newest: // learn has found out more
+		return checkAgain
 	case errors.Is(err, rpctypes.ErrCompacted) && !r.atNext:
 		r.atNext = true
 		return checkAgain
@@ -355,12 +357,15 @@ func (r *reflector) checked(resp *clientv3.TxnResponse, err error) historyVerdic
 	return parkWatch
 }
 
-func (r *reflector) present() (ops []clientv3.Op, cost int) {
-	return r.past.reads(r, 0), r.past.cost(r)
+func (r *reflector) present() stateRead {
+	if !r.past.counted {
+		return stateRead{}
+	}
+	return r.past.read(r, 0)
 }
 
-func (r *reflector) unchanged(resp *clientv3.TxnResponse) bool {
-	return r.past.counted && r.past.same(r, resp)
+func (r *reflector) unchanged(read stateRead, resp *clientv3.TxnResponse) bool {
+	return read.known == r.past.newest && r.past.same(r, resp)
 }
 
 // past is what is known of the watched keys at the last revision that was passed. It distinguishes
@@ -465,7 +470,12 @@ func (r *reflector) newest(at Revision) clientv3.Op {
 		clientv3.WithSort(clientv3.SortByModRevision, clientv3.SortDescend))
 }
 
-// reads returns what same compares: the newest change, then for a prefix what there is.
+// read returns how to read what same compares, as of a revision, where 0 is now.
+func (p *past) read(r *reflector, at Revision) stateRead {
+	return stateRead{ops: p.reads(r, at), cost: p.cost(r), known: p.newest}
+}
+
+// reads reads the newest change, then for a prefix what there is.
 func (p *past) reads(r *reflector, at Revision) []clientv3.Op {
 	var ops []clientv3.Op
 	switch {

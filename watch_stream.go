@@ -25,15 +25,15 @@ import (
 // A watchUser uses a watch. Its methods are called one at a time, under the mutex of whoever keeps
 // the watch, so they must neither block nor call back.
 type watchUser interface {
-	// history returns what to read before the watch is resumed at next, and about how many bytes
-	// etcd handles for that; nothing if there is nothing to check.
-	history(next Revision) (ops []clientv3.Op, cost int)
+	// history returns what to read before the watch is resumed at next; nothing if there is nothing
+	// to check.
+	history(next Revision) stateRead
 	// checked takes the answer to history, or why there is none.
-	checked(resp *clientv3.TxnResponse, err error) historyVerdict
-	// present returns what to read to find out whether the watched keys are what they were, and
-	// unchanged takes the answer.
-	present() (ops []clientv3.Op, cost int)
-	unchanged(resp *clientv3.TxnResponse) bool
+	checked(read stateRead, resp *clientv3.TxnResponse, err error) historyVerdict
+	// present returns what to read to find out whether the watched keys are what they were, nothing
+	// if what they were is not known. unchanged takes the answer.
+	present() stateRead
+	unchanged(read stateRead, resp *clientv3.TxnResponse) bool
 	// created reports that the watch stands, on a member of this revision.
 	created(rev Revision)
 	// deliver takes whole revisions, and all that happened up to a revision. It reports whether
@@ -45,6 +45,14 @@ type watchUser interface {
 	failed(err error)
 	// refused reports that the watch is impossible. The watch is parked.
 	refused(err error)
+}
+
+// A stateRead reads the state of the watched keys, to compare it with what was known when it was
+// made.
+type stateRead struct {
+	ops   []clientv3.Op
+	cost  int      // about how many bytes etcd handles for ops
+	known keyState // the newest change
 }
 
 // A historyVerdict says what is to become of a watch whose history was checked.
@@ -124,6 +132,7 @@ type registration struct {
 	// Behind etcd's gRPC proxy:
 	lookedAt    time.Time // when the watched keys were last read
 	unchangedAt Revision  // they were unchanged at this revision; 0 if they were not
+	changed     bool      // they were not what they had been
 }
 
 type streamKind int
@@ -449,15 +458,15 @@ func (h *watchHub) newStream(kind streamKind, fragment bool) *watchStream {
 // The check comes after the stream was opened. If etcd is restored after that, the stream breaks.
 func (h *watchHub) advance(sub *watchSub) {
 	if sub.checkAt < sub.home.number && sub.next != 0 && !sub.forLock {
-		if ops, cost := sub.user.history(sub.next); len(ops) > 0 {
+		if read := sub.user.history(sub.next); len(read.ops) > 0 {
 			epoch, opened := sub.epoch, h.opened
 			h.reads.add(readRequest{
-				ops:    ops,
-				cost:   cost,
+				ops:    read.ops,
+				cost:   read.cost,
 				wanted: func() (is bool) { h.whileIn(sub, epoch, func() { is = true }); return is },
 				failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 				done: func(resp *clientv3.TxnResponse, err error) {
-					h.whileIn(sub, epoch, func() { h.checked(sub, opened, resp, err) })
+					h.whileIn(sub, epoch, func() { h.checked(sub, read, opened, resp, err) })
 				},
 			})
 			return
@@ -475,8 +484,8 @@ func (h *watchHub) whileIn(sub *watchSub, epoch int, f func()) {
 	}
 }
 
-func (h *watchHub) checked(sub *watchSub, opened int64, resp *clientv3.TxnResponse, err error) {
-	switch sub.user.checked(resp, err) {
+func (h *watchHub) checked(sub *watchSub, read stateRead, opened int64, resp *clientv3.TxnResponse, err error) {
+	switch sub.user.checked(read, resp, err) {
 	case parkWatch:
 		h.park(sub)
 		return
@@ -922,34 +931,51 @@ func (s *watchStream) askProgress(now time.Time) {
 	s.push(progressRequest())
 }
 
-// lookForProgress moves watches on that got nothing, where etcd's gRPC proxy is at the other end.
-// It sends no progress. If the watched keys are what they were, and no event comes for a while
-// after that was read, nothing is under way either.
+// lookForProgress looks after watches that got nothing, where etcd's gRPC proxy is at the other
+// end. It sends no progress, and outlives a restore. Where the watched keys are what they were, the
+// watch is moved on. Where they are not, its history is checked.
+//
+// What is under way would refute both. So nothing may have come for a while after the keys were
+// read, on a live stream that answers.
 func (s *watchStream) lookForProgress(now time.Time) {
-	for _, r := range s.byID {
+	for _, r := range slices.Collect(maps.Values(s.byID)) {
 		if now.Sub(r.lookedAt) < proxyInterval || r.sub.current != r {
 			continue
 		}
-		if sub := r.sub; r.unchangedAt >= sub.next && r.lastEvent.Before(r.lookedAt) {
+		quiet := r.lastEvent.Before(r.lookedAt) && s.answers() && s.kind == liveStream
+		switch sub := r.sub; {
+		case quiet && r.unchangedAt >= sub.next:
 			sub.next = r.unchangedAt + 1
 			sub.user.deliver(nil, r.unchangedAt)
+		case quiet && r.changed:
+			sub.checkAt = 0
+			s.hub.park(sub)
+			s.hub.place(sub)
+			continue
 		}
-		r.lookedAt, r.unchangedAt = now, 0
+		r.lookedAt, r.unchangedAt, r.changed = now, 0, false
 		s.lookAt(r)
 	}
 }
 
 func (s *watchStream) lookAt(r *registration) {
 	epoch := r.sub.epoch
-	ops, cost := r.sub.user.present()
+	read := r.sub.user.present()
+	if len(read.ops) == 0 {
+		return
+	}
 	s.hub.reads.add(readRequest{
-		ops:    ops,
-		cost:   cost,
+		ops:    read.ops,
+		cost:   read.cost,
 		failed: func(error) {},
 		done: func(resp *clientv3.TxnResponse, err error) {
 			s.hub.whileIn(r.sub, epoch, func() {
-				if err == nil && r.sub.user.unchanged(resp) {
+				switch {
+				case err != nil:
+				case r.sub.user.unchanged(read, resp):
 					r.unchangedAt = resp.Header.Revision
+				default:
+					r.changed = true
 				}
 			})
 		},
@@ -1113,7 +1139,7 @@ func (h *watchHub) readKey(sub *watchSub) {
 		failed: func(err error) { h.whileIn(sub, epoch, func() { sub.user.failed(err) }) },
 		done: func(resp *clientv3.TxnResponse, err error) {
 			h.whileIn(sub, epoch, func() {
-				if sub.user.checked(resp, err) == checkAgain {
+				if sub.user.checked(stateRead{}, resp, err) == checkAgain {
 					h.again(sub)
 				}
 			})

@@ -131,16 +131,15 @@ func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
 		guards = sub.guards()
 	}
 	for {
-		var ops []clientv3.Op
-		var cost int
-		w.locked(func() { ops, cost = sub.user.history(sub.next) })
-		if len(ops)+len(guards) == 0 {
+		var read stateRead
+		w.locked(func() { read = sub.user.history(sub.next) })
+		if len(read.ops)+len(guards) == 0 {
 			return true
 		}
 		result := parkWatch // where ctx ended
 		reads.read([]readRequest{{
-			ops:    ops,
-			cost:   cost,
+			ops:    read.ops,
+			cost:   read.cost,
 			guards: guards,
 			failed: func(err error) { w.locked(func() { sub.user.failed(err) }) },
 			done: func(resp *clientv3.TxnResponse, err error) {
@@ -148,7 +147,7 @@ func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
 					if ctx.Err() != nil {
 						return
 					}
-					if result = sub.user.checked(resp, err); result == parkWatch {
+					if result = sub.user.checked(read, resp, err); result == parkWatch {
 						w.park()
 					}
 				})
