@@ -1,7 +1,9 @@
 package etcdutil
 
 import (
+	"bytes"
 	"hash/maphash"
+	"slices"
 
 	"go.etcd.io/etcd/api/v3/mvccpb"
 )
@@ -91,5 +93,6 @@ func (s *snapshot) deletions(rev Revision) []change {
 			changes = append(changes, change{kind: EventDelete, kv: &mvccpb.KeyValue{Key: []byte(key), ModRevision: rev}, prev: sent.kv})
 		}
 	}
+	slices.SortFunc(changes, func(x, y change) int { return bytes.Compare(x.kv.Key, y.kv.Key) })
 	return changes
 }
