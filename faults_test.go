@@ -92,6 +92,46 @@ func (d *door) pass(listener net.Listener, from net.Conn, endpoint string) {
 	go func() { _, _ = io.Copy(from, to) }()
 }
 
+// slowLink passes connections on to an endpoint, and no more than so many bytes a second back. It
+// returns its own endpoint.
+func slowLink(t *testing.T, endpoint string, bytesPerSecond int) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = listener.Close() })
+	go func() { // until the test ends
+		for {
+			from, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go passSlowly(from, endpoint, bytesPerSecond)
+		}
+	}()
+	return listener.Addr().String()
+}
+
+func passSlowly(from net.Conn, endpoint string, bytesPerSecond int) {
+	defer func() { _ = from.Close() }()
+	to, err := net.Dial("tcp", endpoint)
+	if err != nil {
+		return
+	}
+	defer func() { _ = to.Close() }()
+	go func() {
+		_, _ = io.Copy(to, from)
+		_ = to.Close()
+	}()
+	const perSecond = 20
+	for {
+		n, err := io.CopyN(from, to, int64(bytesPerSecond/perSecond))
+		if err != nil {
+			return
+		}
+		time.Sleep(time.Duration(n) * time.Second / time.Duration(bytesPerSecond))
+	}
+}
+
 func (d *door) connected() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -150,8 +190,13 @@ func interceptedClient(t *testing.T, fault grpc.UnaryClientInterceptor) *clientv
 // clientOf is a real client of a cluster, with a fault between it and its connection.
 func clientOf(t *testing.T, cluster *etcdtest.Cluster, fault grpc.UnaryClientInterceptor) *clientv3.Client {
 	t.Helper()
+	return clientAt(t, cluster.Endpoints(), fault)
+}
+
+func clientAt(t *testing.T, endpoints []string, fault grpc.UnaryClientInterceptor) *clientv3.Client {
+	t.Helper()
 	client, err := clientv3.New(clientv3.Config{
-		Endpoints: cluster.Endpoints(), Logger: zap.NewNop(), DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(fault)},
+		Endpoints: endpoints, Logger: zap.NewNop(), DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(fault)},
 	})
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = client.Close() })

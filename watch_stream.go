@@ -85,7 +85,6 @@ type watchSub struct {
 	paused  bool // it is parked until its reader has room, and for no other reason
 	large   bool // a message was too large: it asks for fragments
 	retries int
-	waiting bool // to be created again
 
 	home    *watchStream  // where it is, or is about to be; nil while it is parked
 	current *registration // at home
@@ -364,7 +363,6 @@ func (h *watchHub) clientClosed() {
 // place finds a stream for a watch, and puts it there as soon as that is open.
 func (h *watchHub) place(sub *watchSub) {
 	sub.epoch++
-	sub.waiting = false
 	s := h.streamFor(sub)
 	if sub.home != nil && sub.home != s {
 		delete(sub.home.subs, sub)
@@ -526,7 +524,7 @@ func (h *watchHub) park(sub *watchSub) {
 	if sub.home != nil {
 		delete(sub.home.subs, sub)
 	}
-	sub.home, sub.current, sub.moving, sub.waiting = nil, nil, nil, false
+	sub.home, sub.current, sub.moving = nil, nil, nil
 	sub.paused = false
 }
 
@@ -540,7 +538,6 @@ func (h *watchHub) pause(sub *watchSub) {
 func (h *watchHub) again(sub *watchSub) {
 	h.park(sub)
 	sub.retries++
-	sub.waiting = true
 	epoch := sub.epoch
 	time.AfterFunc(RetryPolicy{}.withDefaults().backoff(sub.retries), func() {
 		h.whileIn(sub, epoch, func() { h.place(sub) })

@@ -20,7 +20,6 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/server/v3/embed"
-	"go.uber.org/zap"
 	"google.golang.org/grpc"
 )
 
@@ -291,23 +290,19 @@ func TestWatchListsOneHistoryThoughARestoreComesBetweenItsPages(t *testing.T) {
 		mustPut(t, direct, "p/3", "lost")
 	}
 	var restored sync.Once
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: []string{proxy.Endpoint()}, Logger: zap.NewNop(),
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(
-			func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-				if r, ok := req.(*etcdserverpb.RangeRequest); ok && r.Revision > 0 {
-					restored.Do(func() {
-						assert.NoError(t, cluster.Restore())
-						for range 4 {
-							mustPut(t, cluster.Client(t), "p/0", "second")
-						}
-					})
+	client := clientAt(t, []string{proxy.Endpoint()}, func(
+		ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+	) error {
+		if r, ok := req.(*etcdserverpb.RangeRequest); ok && r.Revision > 0 {
+			restored.Do(func() {
+				assert.NoError(t, cluster.Restore())
+				for range 4 {
+					mustPut(t, cluster.Client(t), "p/0", "second")
 				}
-				return invoke(ctx, method, req, reply, cc, opts...)
-			})},
+			})
+		}
+		return invoke(ctx, method, req, reply, cc, opts...)
 	})
-	require.NoError(t, err)
-	t.Cleanup(func() { _ = client.Close() })
 	w := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithSnapshot())
 	have := map[string]string{}
 	for e := next(t, w); e.Type != EventSynced; e = next(t, w) {
