@@ -64,7 +64,7 @@ func (w *worker) changeLarge() {
 	ctx, cancel := context.WithTimeout(w.ctx, 2*time.Second)
 	defer cancel()
 	_, _ = w.admin.Put(ctx, largeKey, strconv.Quote(w.uniqueValue()+strings.Repeat(".", largeValue)))
-	sleep(w.ctx, 200*time.Millisecond)
+	sleep(w.ctx, 200*time.Millisecond+10*rest)
 }
 
 // changeCrowd changes a key, or many in one transaction.

@@ -34,6 +34,7 @@ func (t *torture) work(h *host, name string, contends bool, step func(w *worker)
 	t.working.Go(func() {
 		for t.ctx.Err() == nil {
 			step(w)
+			sleep(t.ctx, w.upTo(rest))
 		}
 	})
 }
