@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,7 +17,6 @@ import (
 	"example.com/etcdutil/etcdtest"
 	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
-	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -488,20 +486,6 @@ func TestLeaseCloseReleasesAllItsLocksInOneRequest(t *testing.T) {
 	require.Zero(t, others.Load())
 	eventually(t, func() bool { return strings.Count(lines.String(), "lock released") == n }, "each is logged as released")
 	require.NotContains(t, lines.String(), "lost")
-}
-
-// isWrite reports whether a request writes a key. Reads, for example of a lock's own key, come at
-// any time.
-func isWrite(req any) bool {
-	switch req := req.(type) {
-	case *etcdserverpb.PutRequest, *etcdserverpb.DeleteRangeRequest:
-		return true
-	case *etcdserverpb.TxnRequest:
-		return slices.ContainsFunc(req.Success, func(op *etcdserverpb.RequestOp) bool {
-			return op.GetRequestPut() != nil || op.GetRequestDeleteRange() != nil
-		})
-	}
-	return false
 }
 
 // syncBuffer is a buffer for loggers, which write from their own goroutines.

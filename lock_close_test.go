@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -44,7 +43,7 @@ func TestCloseThatLandsLateHitsNoSuccessor(t *testing.T) {
 			var hold atomic.Bool
 			var land func() error
 			client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-				if !strings.HasSuffix(method, "/Txn") || !hold.CompareAndSwap(true, false) {
+				if !isWriteTxn(req) || !hold.CompareAndSwap(true, false) {
 					return invoker(ctx, method, req, reply, cc, opts...)
 				}
 				land = func() error {
@@ -77,7 +76,7 @@ func TestLostLockWhoseKeyIsWrittenLateLeavesNoGhost(t *testing.T) {
 	var held atomic.Bool
 	var land func() error
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if !strings.HasSuffix(method, "/Txn") || !held.CompareAndSwap(false, true) {
+		if !isWriteTxn(req) || !held.CompareAndSwap(false, true) {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		land = func() error {

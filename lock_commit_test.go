@@ -50,7 +50,7 @@ func TestCommitThatClientv3RepeatsIsAppliedOnce(t *testing.T) {
 	var faults atomic.Int32
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		err := invoker(ctx, method, req, reply, cc, opts...)
-		if strings.HasSuffix(method, "/Txn") && faults.Add(-1) >= 0 {
+		if isWriteTxn(req) && faults.Add(-1) >= 0 {
 			return status.Error(codes.Canceled, "a proxy's")
 		}
 		return err
@@ -71,7 +71,7 @@ func TestCommitThatLandsUnderTheNextOneIsReportedWronglyByNeither(t *testing.T) 
 	var giveUp atomic.Pointer[context.CancelFunc]
 	var straggler atomic.Pointer[held]
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if !strings.HasSuffix(method, "/Txn") || !hold.CompareAndSwap(true, false) {
+		if !isWriteTxn(req) || !hold.CompareAndSwap(true, false) {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		straggler.Store(&held{land: func() error {
@@ -116,7 +116,7 @@ func TestCommitThatLandsUnderALaterLockWithTheSameKeyWritesNothing(t *testing.T)
 	var land func() error
 	ctx, giveUp := context.WithCancel(t.Context())
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if !strings.HasSuffix(method, "/Txn") || !hold.CompareAndSwap(true, false) {
+		if !isWriteTxn(req) || !hold.CompareAndSwap(true, false) {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		land = func() error {
@@ -282,11 +282,11 @@ func TestCommitWithoutSpaceLeftTellsWhetherItWasApplied(t *testing.T) {
 	var before, after atomic.Bool
 	noSpace := rpctypes.ErrGRPCNoSpace
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if strings.HasSuffix(method, "/Txn") && before.CompareAndSwap(true, false) {
+		if isWriteTxn(req) && before.CompareAndSwap(true, false) {
 			return noSpace
 		}
 		err := invoker(ctx, method, req, reply, cc, opts...)
-		if strings.HasSuffix(method, "/Txn") && after.CompareAndSwap(true, false) {
+		if isWriteTxn(req) && after.CompareAndSwap(true, false) {
 			return noSpace
 		}
 		return err
@@ -308,7 +308,7 @@ func TestCommitThatMayStillArriveIsUnknownAlthoughThereIsNoSpace(t *testing.T) {
 	var faults atomic.Int32
 	var land func() error
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if !strings.HasSuffix(method, "/Txn") {
+		if !isWriteTxn(req) {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		switch faults.Add(-1) {
@@ -365,7 +365,7 @@ func TestKeyThatSomebodyHasTakenTheLeaseFromIsNoLock(t *testing.T) {
 }
 
 func TestCommitRefusesWhatWritesItsOwnKey(t *testing.T) {
-	client, requests := countingClient(t)
+	client, requests := countingClient(t, isKeyCheck)
 	lock := mustAcquire(t, client, nameOf(t))
 	requests.Store(0)
 	for name, op := range map[string]clientv3.Op{
@@ -689,13 +689,12 @@ func TestCommitIfTakesAnEmptyAnswer(t *testing.T) {
 	t.Parallel()
 	var empty atomic.Bool
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-		if empty.Load() && strings.HasSuffix(method, "/Txn") {
+		if empty.Load() && isWriteTxn(req) {
 			return nil
 		}
 		return invoke(ctx, method, req, reply, conn, opts...)
 	})
 	lock := mustAcquire(t, client, nameOf(t))
-	lock.cancelWatch() // it sends a transaction, too
 	absent := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(nameOf(t)+"-data"), "=", 0)}
 	empty.Store(true)
 	_, err := lock.CommitIf(t.Context(), absent, clientv3.OpPut(nameOf(t)+"-data", ""))
@@ -710,7 +709,6 @@ func TestCommitIfIsNotTakenForWhatRulesItOut(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
-	doNotWatch(lock) // its watch sends a transaction, too
 	exists := []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(nameOf(t)+"-data"), ">", 0)}
 	faults.inTurn(
 		func(txn) error { return errLost },

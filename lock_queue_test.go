@@ -249,7 +249,7 @@ func TestLeaseUsesFewKeysForTheLocksOfOneName(t *testing.T) {
 	var queued atomic.Pointer[context.CancelFunc]
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		err := invoker(ctx, method, req, reply, cc, opts...)
-		if f := queued.Load(); f != nil && err == nil && strings.HasSuffix(method, "/Txn") {
+		if f := queued.Load(); f != nil && err == nil && isWriteTxn(req) {
 			(*f)()
 		}
 		return err

@@ -106,7 +106,7 @@ func last(t testing.TB, client *clientv3.Client, name string) (string, int64, Re
 	return string(resp.Kvs[0].Value), resp.Kvs[0].Version, resp.Kvs[0].ModRevision
 }
 
-// A txn is a transaction that a client under test is about to send.
+// A txn is a transaction that a client under test is about to send, and that writes.
 type txn struct {
 	ctx  context.Context
 	send func() error // as if nothing had happened
@@ -116,7 +116,7 @@ type txn struct {
 // errLost is what a client gets when its connection breaks.
 var errLost = status.Error(codes.Unavailable, "transport is closing")
 
-// txnFaults does to a client's transactions what a test likes.
+// txnFaults does to a client's transactions that write what a test likes.
 type txnFaults struct {
 	fault atomic.Pointer[func(txn) error]
 }
@@ -146,7 +146,7 @@ func faultyClient(t *testing.T) (*clientv3.Client, *txnFaults) {
 	faults := &txnFaults{}
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		fault := faults.fault.Load()
-		if fault == nil || !strings.HasSuffix(method, "/Txn") {
+		if fault == nil || !isWriteTxn(req) {
 			return invoker(ctx, method, req, reply, cc, opts...)
 		}
 		return (*fault)(txn{
@@ -612,7 +612,7 @@ func TestWriteOfTooMuchIsRefusedAndChangesNothing(t *testing.T) {
 
 func TestValueThatCannotBeEncodedIsNotSent(t *testing.T) {
 	t.Parallel()
-	client, requests := countingClient(t)
+	client, requests := countingClient(t, isKeyCheck)
 	lock := mustAcquire(t, client, nameOf(t))
 	encoded := mustWriter[any](t, lock, nameOf(t))
 	raw := mustWriter[any](t, lock, nameOf(t), WithCodec(Raw))
@@ -630,7 +630,7 @@ func TestValueThatCannotBeEncodedIsNotSent(t *testing.T) {
 
 func TestWriterWindsDownUntilItOrItsLockIsClosed(t *testing.T) {
 	t.Parallel()
-	client, requests := countingClient(t)
+	client, requests := countingClient(t, isKeyCheck)
 	parent, cancel := context.WithCancelCause(context.Background())
 	lock, err := Acquire(parent, client, nameOf(t))
 	require.NoError(t, err)
@@ -753,7 +753,7 @@ func TestWriterHasTheRetryPolicyOfItsLockUnlessGivenItsOwn(t *testing.T) {
 
 func TestLogArgumentsThatMakeNoSenseAreRefusedByName(t *testing.T) {
 	t.Parallel()
-	client, requests := countingClient(t)
+	client, requests := countingClient(t, isKeyCheck)
 	lock, name := mustAcquire(t, client, nameOf(t)), nameOf(t)
 	closed := mustAcquire(t, client, name+"-closed")
 	require.NoError(t, closed.Close())
