@@ -476,11 +476,10 @@ func (k *keeper) liveLease(ctx context.Context) (*Lease, error) {
 
 // release removes the key, if it is the keeper's own, and returns what Close does.
 func (k *keeper) release() error {
-	ended := context.Cause(k.owner.stopCtx)
-	k.owner.shutdown(ErrClosed)
+	first := k.owner.shutdown(ErrClosed)
 	k.running.Wait()
-	if ended != nil {
-		return ended
+	if !first {
+		return context.Cause(k.owner.stopCtx)
 	}
 	k.turn <- struct{}{} // for good; a Set that was under way has ended with the context
 	leases := k.leases()

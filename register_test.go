@@ -275,6 +275,21 @@ func TestRegistrationCloseLeavesAnothersKey(t *testing.T) {
 	require.Equal(t, "another's", string(keyNow(t, other, key).Value))
 }
 
+// It does not run beside others, of which the stacks would be counted.
+func TestRegistrationCloseReturnsThoughItIsReplacedAtThatMoment(t *testing.T) {
+	r, err := Register(context.Background(), newClient(t, testCluster.Endpoints()...), nameOf(t), "1")
+	require.NoError(t, err)
+	stop, stopping, goOn := r.stop, make(chan struct{}), make(chan struct{})
+	r.stop = func(cause error) { close(stopping); <-goOn; stop(cause) }
+	go r.shutdown(ErrReplaced) // as the keeper does
+	<-stopping
+	closing := start(func() (struct{}, error) { return struct{}{}, r.Close() })
+	eventually(t, func() bool { return goroutinesIn("(*lifetime).shutdown") == 2 }, "Close comes second")
+	close(goOn)
+	within(t, patience, closing.done, "Close returns")
+	require.ErrorIs(t, closing.err, ErrReplaced)
+}
+
 // Each Set that returned nil was applied once, in order, and nothing else, whatever the network
 // did.
 func TestRegistrationSetIsAppliedExactlyOnce(t *testing.T) {
