@@ -114,7 +114,7 @@ func (r *Registration[T]) Key() string { return r.keeper.key }
 //
 // Errors:
 //   - [ErrUnknownOutcome] if etcd did not confirm the write. The value is written when etcd can be
-//     reached, unless it was already, or another Set comes first.
+//     reached, unless it was already, another Set comes first, or the registration ends.
 //   - [ErrReplaced], [ErrClosed] or the parent's end if the registration has ended. The value is
 //     not written.
 //   - Any other error, for example that v cannot be encoded or is too large, or ctx's end. The
@@ -128,7 +128,7 @@ func (r *Registration[T]) Set(ctx context.Context, v T) error {
 		return errorf("set %q: v cannot be encoded: %w", r.Key(), err)
 	}
 	if err := r.keeper.set(ctx, bytes.Clone(value)); err != nil {
-		return errorf("set %q: %w", r.Key(), err)
+		return errorf("set %q: %w", r.Key(), withEndOf(ctx, err))
 	}
 	return nil
 }
@@ -221,8 +221,7 @@ func (k *keeper) run() {
 		switch {
 		case err == nil:
 			failed = 0
-		case errors.Is(err, ErrReplaced):
-			k.owner.shutdown(err)
+		case k.owner.Err() != nil: // with its parent, whose cause err may wrap, or replaced
 		case errors.Is(err, errClientClosed):
 			k.owner.shutdown(err)
 		default: // refused, for example because a permission was taken away
@@ -334,16 +333,10 @@ func (k *keeper) set(ctx context.Context, value []byte) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, ErrReplaced):
-		k.owner.shutdown(err)
-		return err
 	case result.mayBeApplied:
 		k.value = value
 		wake(k.changed)
-		if k.owner.Err() != nil {
-			err = errors.New(err.Error()) // the registration's end would say that it was not
-		}
-		return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
+		return fmt.Errorf("%w: %v", ErrUnknownOutcome, err) // an end that err wraps would say that it was not
 	}
 	return k.endedOr(err)
 }
@@ -422,7 +415,7 @@ func (k *keeper) stands(kv *mvccpb.KeyValue, value []byte) bool {
 		clientv3.LeaseID(kv.Lease) == lease.id && bytes.Equal(kv.Value, value)
 }
 
-// mayOverwrite returns ErrReplaced if the key was taken over.
+// mayOverwrite ends the registration if the key was taken over, and returns why.
 func (k *keeper) mayOverwrite(kv *mvccpb.KeyValue) error {
 	last := k.revision.Load()
 	switch {
@@ -433,7 +426,9 @@ func (k *keeper) mayOverwrite(kv *mvccpb.KeyValue) error {
 	case kv.ModRevision <= last: // brought back by a restore
 		return nil
 	}
-	return fmt.Errorf("%w: under lease %x, at revision %d", ErrReplaced, kv.Lease, kv.ModRevision)
+	err := fmt.Errorf("%w: under lease %x, at revision %d", ErrReplaced, kv.Lease, kv.ModRevision)
+	k.owner.shutdown(err)
+	return err
 }
 
 func (k *keeper) isOwn(id clientv3.LeaseID) bool {

@@ -367,6 +367,57 @@ func TestRegistrationSetOfUnknownOutcomeIsWrittenWhenEtcdIsBack(t *testing.T) {
 	requireRegisteredWithin(t, registerBackWithin, other, r, "2")
 }
 
+// What ends the context of a call says of itself that nothing was written, or that it was replaced.
+func TestRegistrationSetOfUnknownOutcomeIsNotDeniedByTheEndOfItsContext(t *testing.T) {
+	t.Parallel()
+	other := newClient(t, testCluster.Endpoints()...)
+	for name, begin := range map[string]func(t *testing.T) (ctx context.Context, end func()){
+		"lock is closed": func(t *testing.T) (context.Context, func()) {
+			lock := mustAcquire(t, other, nameOf(t)+"-lock")
+			return lock, func() { require.NoError(t, lock.Close()) }
+		},
+		"registration is replaced": func(t *testing.T) (context.Context, func()) {
+			r := mustRegister(t, other, nameOf(t)+"-other", "1")
+			return r, func() { mustRegister(t, other, nameOf(t)+"-other", "2") }
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client, link := linkedClient(t)
+			r := mustRegister(t, client, nameOf(t), "1", WithTTL(time.Minute))
+			ctx, end := begin(t)
+			link.DropReplies()
+			setting := start(func() (struct{}, error) { return struct{}{}, r.Set(ctx, "2") })
+			eventually(t, func() bool { return versionOf(t, other, nameOf(t)) == 2 }, "it is applied")
+			end()
+			within(t, patience, setting.done, "Set returns")
+			require.ErrorIs(t, setting.err, ErrUnknownOutcome)
+			require.ErrorIs(t, setting.err, context.Canceled)
+			require.NotErrorIs(t, setting.err, ErrClosed)
+			link.Heal()
+			require.NoError(t, r.Set(context.Background(), "3"))
+			require.NoError(t, r.Err(), "nobody has registered its key")
+			require.NoError(t, r.Close())
+		})
+	}
+}
+
+func TestRegistrationSetThatWasAppliedIsNotDeniedByATakeover(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	other, key := newClient(t, testCluster.Endpoints()...), nameOf(t)
+	r := mustRegister(t, client, key, "1", WithTTL(time.Minute))
+	link.DropReplies()
+	setting := start(func() (struct{}, error) { return struct{}{}, r.Set(context.Background(), "2") })
+	eventually(t, func() bool { return versionOf(t, other, key) == 2 }, "it is applied")
+	mustRegister(t, other, key, "another's")
+	link.Heal()
+	within(t, patience, setting.done, "Set returns")
+	require.ErrorIs(t, setting.err, ErrUnknownOutcome)
+	require.NotErrorIs(t, setting.err, ErrReplaced)
+	require.ErrorIs(t, context.Cause(r), ErrReplaced)
+}
+
 func TestRegistrationSetWorksWhileItsLeaseIsBeingReplaced(t *testing.T) {
 	t.Parallel()
 	client, key := newClient(t, testCluster.Endpoints()...), nameOf(t)
@@ -430,6 +481,31 @@ func TestRegistrationEndsWithItsParentAndWithItsClient(t *testing.T) {
 	within(t, patience, other.Done(), "the registration ends")
 	require.ErrorContains(t, context.Cause(other), "client")
 	require.Error(t, other.Close())
+}
+
+// What ended a parent that is a registration itself is not said of its child.
+func TestRegistrationIsNotReplacedWithItsParent(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, testCluster.Endpoints()...)
+	for name, end := range map[string]func(t *testing.T, client *clientv3.Client, key string){
+		"replaced":             func(t *testing.T, _ *clientv3.Client, key string) { mustRegister(t, client, key, "2") },
+		"its client is closed": func(t *testing.T, client *clientv3.Client, _ string) { require.NoError(t, client.Close()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			parents := newClient(t, testCluster.Endpoints()...)
+			parent := mustRegister(t, parents, nameOf(t)+"-parent", "1", WithTTL(2*time.Second))
+			r, err := Register(parent, client, nameOf(t), "1")
+			require.NoError(t, err)
+			end(t, parents, parent.Key())
+			within(t, patience, r.Done(), "it ends with its parent")
+			r.keeper.running.Wait()
+			require.NoError(t, context.Cause(r.stopCtx), "its own key is nobody else's")
+			require.NotNil(t, keyNow(t, client, r.Key()), "nothing is released yet")
+			require.NoError(t, r.Close(), "a parent's end is no loss")
+			require.Nil(t, keyNow(t, client, r.Key()))
+		})
+	}
 }
 
 func TestRegisterOutlivesAPermissionThatIsTakenAwayAndGivenBack(t *testing.T) {
