@@ -344,7 +344,7 @@ func (p position) resolve(r txnResult, data string, failure error, entry *mvccpb
 // the log first: a lock that is still held then was held when the log was read.
 func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, key *mvccpb.KeyValue, err error) {
 	if r.mayStillApply {
-		if _, err := w.lock.fence.commit(ctx, w.config.retry, nil, nil); err != nil && !errors.Is(err, ErrLockLost) {
+		if err := w.ruleOut(ctx); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -352,6 +352,19 @@ func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, 
 		key, err = w.lock.fence.read(ctx, w.config.retry)
 	}
 	return entry, key, err
+}
+
+// ruleOut makes sure that no sending is applied any more: an empty Commit changes the lock's key,
+// or the key is gone. That the lock has ended is not enough, because its key may still be there.
+func (w *LogWriter[T]) ruleOut(ctx context.Context) error {
+	_, err := w.lock.fence.commit(ctx, w.config.retry, nil, nil)
+	if err == nil {
+		return nil
+	}
+	if key, failed := w.lock.fence.read(ctx, w.config.retry); failed != nil || key != nil {
+		return err
+	}
+	return nil
 }
 
 func first(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {

@@ -592,6 +592,53 @@ func TestWriteThatArrivesAfterAllWhileItsConflictIsSettledIsNotDenied(t *testing
 	mustWrite(t, w, 2, "b")
 }
 
+// A lock ends before its key is gone, and until then etcd still applies what was sent.
+func TestWriteThatArrivesAfterItsLockHasEndedIsNotDenied(t *testing.T) {
+	t.Parallel()
+	client, faults := faultyClient(t)
+	once := WithRetryPolicy(RetryPolicy{Attempts: 1})
+	for name, refuse := range map[string]func(txn) error{
+		"refused": func(txn) error { return rpctypes.ErrGRPCRequestTooManyRequests },
+		"lost":    func(txn) error { return errLost },
+	} {
+		key := nameOf(t) + name
+		lock := mustAcquire(t, client, key, WithTTL(time.Minute), once)
+		w := mustWriter[string](t, lock, key)
+		var land func() error
+		faults.inTurn(func(x txn) error {
+			land = x.land
+			lock.markLost(ErrLeaseExpired)
+			return errLost
+		}, refuse)
+		_, err := w.Write(t.Context(), "a")
+		require.ErrorIs(t, err, ErrUnknownOutcome, name)
+		require.NotErrorIs(t, err, ErrLockLost, name)
+		require.NoError(t, land(), name)
+		require.EqualValues(t, 1, versionOf(t, client, key), name)
+	}
+}
+
+// Without its lock's key a Write that is still under way can no longer arrive, and the log shows
+// that it has not.
+func TestWriteWhoseLocksKeyIsGoneIsDenied(t *testing.T) {
+	t.Parallel()
+	client, faults := faultyClient(t)
+	direct := testCluster.Client(t)
+	var rounds int
+	eventually(t, func() bool {
+		rounds++
+		key := fmt.Sprint(nameOf(t), rounds)
+		lock := mustAcquire(t, client, key, WithRetryPolicy(RetryPolicy{Attempts: 1}))
+		w := mustWriter[string](t, lock, key)
+		var land func() error
+		faults.inTurn(func(x txn) error { land = x.land; mustDelete(t, direct, lock.Key()); return errLost })
+		_, err := w.Write(t.Context(), "a")
+		require.NoError(t, land())
+		require.Zero(t, versionOf(t, client, key))
+		return errors.Is(err, ErrLockLost) // unless there was no time to read that
+	}, "it is denied")
+}
+
 func TestWriteOfTooMuchIsRefusedAndChangesNothing(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
