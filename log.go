@@ -573,9 +573,7 @@ type latestEntry[T any] struct {
 	receiver *Receiver[Event[T]]
 	asks     chan chan Revision
 	done     chan struct{}
-
-	mu         sync.Mutex
-	sent, read Revision // of the latest entry, and of the latest that was read
+	sent     Revision // of the latest entry; for the goroutine, until done is closed
 }
 
 func newLatestEntry[T any](w *Watcher[T]) *latestEntry[T] {
@@ -600,7 +598,7 @@ func (l *latestEntry[T]) run() {
 				return
 			}
 			if e.Type == EventPut || e.Type == EventInvalid {
-				l.mark(&l.sent, e.Revision)
+				l.sent = e.Revision
 				_ = l.notify.Send(e)
 			}
 		case answer := <-l.asks: // no event is between the watcher and the Notify now
@@ -609,17 +607,11 @@ func (l *latestEntry[T]) run() {
 	}
 }
 
-func (l *latestEntry[T]) mark(revision *Revision, rev Revision) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	*revision = rev
-}
-
+// upTo does not tell by revisions what is unread: after a restore a later entry has a lower one. So
+// may the watcher.
 func (l *latestEntry[T]) upTo() Revision {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.sent > l.read {
-		return l.sent - 1
+	if l.receiver.unread() {
+		return min(l.sent-1, l.watcher.Revision())
 	}
 	return l.watcher.Revision()
 }
@@ -679,7 +671,6 @@ func (r *LogReader[T]) nextLatest(ctx context.Context) (Event[T], error) {
 	e, err := r.latest.receiver.Recv(ctx)
 	switch {
 	case err == nil:
-		r.latest.mark(&r.latest.read, e.Revision)
 	case ctx.Err() != nil:
 		err = contextError(ctx)
 	default:

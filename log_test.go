@@ -1349,3 +1349,41 @@ func TestLogReaderOfVersion0ReadsEveryEntryOfALogThatIsNotCompacted(t *testing.T
 	_, err := NewLogReader[string](t.Context(), client, nameOf(t), WithEntriesAfter(2, 0))
 	require.ErrorIs(t, err, ErrGap)
 }
+
+// After a restore revisions begin again below those that were read.
+func TestLogReaderRevisionCountsNoUnreadEntryAfterARestore(t *testing.T) {
+	t.Parallel()
+	for name, unread := range map[string]bool{"the last entry was read": false, "the last entry is unread": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cluster := etcdtest.Start(t, 1)
+			require.NoError(t, cluster.Backup())
+			client := cluster.Client(t)
+			for range 10 {
+				mustPut(t, client, "other", "")
+			}
+			lost := mustPut(t, client, "log", `"lost"`)
+			r := mustReader[string](t, client, "log")
+			hasHeard(t, r, lost)
+			eventually(t, func() bool { return r.watcher.Revision() == lost }, "it has the list")
+			require.Equal(t, lost-1, r.Revision())
+			if !unread {
+				mustReadValues(t, r, 1, "lost")
+				require.Equal(t, lost, r.Revision())
+			}
+			require.NoError(t, cluster.Restore())
+			eventually(t, func() bool { return r.watcher.Revision() < lost }, "it has noticed")
+			direct := cluster.Client(t)
+			require.LessOrEqual(t, r.Revision(), revision(t, direct))
+			rev := mustPut(t, direct, "log", `"new"`)
+			require.Less(t, rev, lost)
+			eventually(t, func() bool { return r.watcher.Revision() == rev }, "it has the new entry")
+			require.Less(t, r.Revision(), rev, "which is not read yet")
+			mustReadValues(t, r, 1, "new")
+			require.Equal(t, rev, r.Revision())
+			again := mustReader[string](t, direct, "log", WithEntriesAfter(1, r.Revision()))
+			mustPut(t, direct, "log", `"newer"`)
+			mustReadValues(t, again, 2, "newer")
+		})
+	}
+}

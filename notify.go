@@ -156,3 +156,10 @@ func (r *Receiver[T]) take() (v T, ok bool, wake <-chan struct{}) {
 	}
 	return v, false, n.wake
 }
+
+// unread reports whether there is a value that Recv has not returned yet.
+func (r *Receiver[T]) unread() bool {
+	r.n.mu.Lock()
+	defer r.n.mu.Unlock()
+	return r.seen != r.n.seq
+}

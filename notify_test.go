@@ -437,6 +437,24 @@ func TestNotifyManySendersAndReceiversAtOnce(t *testing.T) {
 	}
 }
 
+func TestNotifyReceiverHasAnUnreadValueUntilItIsReturned(t *testing.T) {
+	n := NewNotify[int](t.Context())
+	r, other := n.Receiver(), n.Receiver()
+	require.False(t, r.unread(), "nothing was sent")
+	for v := range 3 {
+		require.NoError(t, n.Send(v))
+		require.NoError(t, n.Send(v))
+		require.True(t, r.unread())
+		_, err := r.Recv(t.Context())
+		require.NoError(t, err)
+		require.False(t, r.unread(), "the earlier value is skipped")
+		require.True(t, other.unread(), "which has read nothing")
+	}
+	require.NoError(t, n.Close())
+	require.False(t, r.unread())
+	require.True(t, other.unread(), "it can read the last value")
+}
+
 func TestNotifyReceiverSharedByGoroutinesGivesEachValueToOneOfThem(t *testing.T) {
 	const sends, readers = 2000, 4
 	n := NewNotify[int](context.Background())
