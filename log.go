@@ -574,6 +574,7 @@ type latestEntry[T any] struct {
 	asks     chan chan Revision
 	done     chan struct{}
 	sent     Revision // of the latest entry; for the goroutine, until done is closed
+	synced   bool     // no list that it may have come in is incomplete
 }
 
 func newLatestEntry[T any](w *Watcher[T]) *latestEntry[T] {
@@ -597,9 +598,12 @@ func (l *latestEntry[T]) run() {
 				_ = l.notify.Close()
 				return
 			}
-			if e.Type == EventPut || e.Type == EventInvalid {
-				l.sent = e.Revision
+			switch e.Type {
+			case EventPut, EventInvalid:
+				l.sent, l.synced = e.Revision, false
 				_ = l.notify.Send(e)
+			case EventSynced:
+				l.synced = true
 			}
 		case answer := <-l.asks: // no event is between the watcher and the Notify now
 			answer <- l.upTo()
@@ -608,12 +612,16 @@ func (l *latestEntry[T]) run() {
 }
 
 // upTo does not tell by revisions what is unread: after a restore a later entry has a lower one. So
-// may the watcher.
+// may the watcher. Until a list is complete, the watcher is not as far as what the list has.
 func (l *latestEntry[T]) upTo() Revision {
-	if l.receiver.unread() {
-		return min(l.sent-1, l.watcher.Revision())
+	upTo := l.watcher.Revision()
+	switch {
+	case l.receiver.unread():
+		return min(l.sent-1, upTo)
+	case !l.synced:
+		return max(l.sent, upTo)
 	}
-	return l.watcher.Revision()
+	return upTo
 }
 
 func (l *latestEntry[T]) revision() Revision {

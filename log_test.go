@@ -1351,6 +1351,19 @@ func TestLogReaderOfVersion0ReadsEveryEntryOfALogThatIsNotCompacted(t *testing.T
 }
 
 // After a restore revisions begin again below those that were read.
+func TestLogReaderRevisionIsNotBehindTheFirstEntry(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	rev := mustPut(t, client, nameOf(t), `"a"`)
+	for range 500 {
+		r := mustReader[string](t, client, nameOf(t))
+		e := mustRead(t, r)
+		require.GreaterOrEqual(t, r.Revision(), rev)
+		require.Equal(t, rev, e.Revision)
+		require.NoError(t, r.Close())
+	}
+}
+
 func TestLogReaderRevisionCountsNoUnreadEntryAfterARestore(t *testing.T) {
 	t.Parallel()
 	for name, unread := range map[string]bool{"the last entry was read": false, "the last entry is unread": true} {
