@@ -51,7 +51,10 @@ func (c *contender) enqueue(ctx context.Context) (*mvccpb.KeyValue, error) {
 		return nil, err
 	}
 	if !resp.Succeeded && !c.adopt(rangeIn(resp, 0).Kvs) {
-		return nil, errKeyGone
+		if err := c.removeGhost(ctx, rangeIn(resp, 0).Kvs); err != nil {
+			return nil, err
+		}
+		return c.enqueue(ctx)
 	}
 	page := rangeIn(resp, 1)
 	if kv := c.likelyPredecessor(page.Kvs); kv != nil {
@@ -65,7 +68,8 @@ func (c *contender) write(ctx context.Context, guard clientv3.Cmp, then, otherwi
 	put := clientv3.OpPut(c.key, c.value, clientv3.WithLease(c.leaseID))
 	q := txnRequest{[]clientv3.Cmp{guard}, append([]clientv3.Op{put}, then...), otherwise}
 	resp, err := retry(ctx, c.config, c.policy, "queue up", func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		resp, _, err := c.writes.send(ctx, c.config.client, q)
+		resp, seen, err := c.writes.send(ctx, c.config.client, q)
+		c.writes.mayBeApplied = c.writes.mayBeApplied || !seen
 		return resp, err
 	})
 	if err == nil && resp.Succeeded {
@@ -75,15 +79,36 @@ func (c *contender) write(ctx context.Context, guard clientv3.Cmp, then, otherwi
 }
 
 // adopt takes the key over that an earlier attempt has written. It reports false if there is none:
-// a key without the lease was written by somebody else, and holds nothing.
+// if no attempt can have been applied, or the key is not as an attempt leaves it.
 func (c *contender) adopt(kvs []*mvccpb.KeyValue) bool {
 	for _, kv := range kvs {
-		if clientv3.LeaseID(kv.Lease) == c.leaseID {
+		if c.writes.mayBeApplied && c.isLeased(kv) && kv.Version == 1 && string(kv.Value) == c.value {
 			c.token = kv.CreateRevision
 			return true
 		}
 	}
 	return false
+}
+
+// removeGhost removes the key of an earlier lock on the lease, which a restore has brought back.
+// The place in the queue that it has is that lock's. It returns errKeyGone if there is none: a key
+// without the lease was written by somebody else, and holds nothing.
+func (c *contender) removeGhost(ctx context.Context, kvs []*mvccpb.KeyValue) error {
+	for _, kv := range kvs {
+		if !c.isLeased(kv) {
+			continue
+		}
+		unchanged := clientv3.Compare(clientv3.ModRevision(c.key), "=", kv.ModRevision)
+		_, err := retry(ctx, c.config, c.policy, "queue up", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+			return c.config.client.Txn(ctx).If(unchanged).Then(clientv3.OpDelete(c.key)).Commit()
+		})
+		return err
+	}
+	return errKeyGone
+}
+
+func (c *contender) isLeased(kv *mvccpb.KeyValue) bool {
+	return clientv3.LeaseID(kv.Lease) == c.leaseID
 }
 
 // checkTurn returns the nearest older contender, nil if there is none, and errKeyGone if the own
@@ -167,7 +192,7 @@ func (c *contender) exists() []clientv3.Cmp {
 // by somebody else, and has lost its place.
 func (c *contender) ownIn(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
 	for _, kv := range kvs {
-		if kv.CreateRevision == c.token && clientv3.LeaseID(kv.Lease) == c.leaseID {
+		if kv.CreateRevision == c.token && c.isLeased(kv) {
 			return kv
 		}
 	}

@@ -1,6 +1,7 @@
 package etcdutil
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -429,4 +430,134 @@ func TestLocksUnderOutgoingMetadataLeaveNoWatchStream(t *testing.T) {
 	}
 	all.Wait()
 	eventually(t, func() bool { return goroutinesIn("client/v3.(*watchGRPCStream).run") <= 1 }, "no streams are left")
+}
+
+// A restore brings the keys of closed locks back, and with them a place in the queue before those
+// who hold the lock by now.
+func TestQueueGivesALockNoPlaceThatARestoreBroughtBack(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	client, others := cluster.Client(t), cluster.Client(t)
+	type queue struct {
+		name        string
+		lease       *Lease
+		first, next *Lock
+	}
+	queues := []*queue{{name: nameOf(t) + "-unchanged"}, {name: nameOf(t) + "-committed"}}
+	for i, q := range queues {
+		q.lease = mustLease(t, client, time.Minute)
+		q.first = mustAcquire(t, client, q.name, WithLease(q.lease))
+		for range i {
+			_, err := q.first.Commit(t.Context())
+			require.NoError(t, err)
+		}
+	}
+	waiting := make([]*async[*Lock], len(queues))
+	for i, q := range queues {
+		waiting[i] = start(func() (*Lock, error) {
+			return Acquire(context.Background(), others, q.name, WithTTL(time.Minute))
+		})
+		waiters(t, client, q.name, 2)
+	}
+	require.NoError(t, cluster.Backup())
+	for i, q := range queues {
+		require.NoError(t, q.first.Close())
+		<-waiting[i].done
+		require.NoError(t, waiting[i].err)
+		q.next = waiting[i].v
+		t.Cleanup(func() { _ = q.next.Close() })
+		for n := range keysPerName - 1 { // then the first one's key is used again
+			require.NoError(t, mustAcquire(t, client, fmt.Sprint(q.name, n), WithLease(q.lease)).Close())
+		}
+	}
+	require.NoError(t, cluster.Restore())
+	for _, q := range queues {
+		acquiring := start(func() (*Lock, error) {
+			return Acquire(context.Background(), client, q.name, WithLease(q.lease))
+		})
+		behind := []string{q.next.Key(), q.first.Key()}
+		eventually(t, func() bool { return slices.Equal(keys(t, client, q.name), behind) }, "it waits behind the holder")
+		require.NoError(t, q.next.Close())
+		<-acquiring.done
+		require.NoError(t, acquiring.err)
+		rev, err := acquiring.v.Commit(t.Context(), clientv3.OpPut(q.name+"-data", ""))
+		require.NoError(t, err)
+		resp, err := client.Get(t.Context(), q.name+"-data")
+		require.NoError(t, err)
+		require.Len(t, resp.Kvs, 1, "what was reported as applied is there")
+		require.Equal(t, rev, resp.Kvs[0].ModRevision)
+		require.NoError(t, acquiring.v.Close())
+	}
+}
+
+// The key of a lock is in etcd before the lock is acquired. It may be what the lock's own first
+// attempt has written, or what an earlier lock on the lease has left.
+func TestQueueTakesOverOnlyAKeyThatIsTheLocksOwn(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		values   []string // that are written to the key before
+		lost     bool     // the first attempt
+		takeOver bool
+	}{
+		"as an attempt leaves it": {[]string{"mine"}, true, true},
+		"before any attempt":      {[]string{"mine"}, false, false},
+		"with another value":      {[]string{"another's"}, true, false},
+		"changed since":           {[]string{"mine", "mine"}, true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var lost atomic.Bool
+			client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				if c.lost && strings.HasSuffix(method, "/Txn") && lost.CompareAndSwap(false, true) {
+					return errLost
+				}
+				return invoker(ctx, method, req, reply, cc, opts...)
+			})
+			lease := mustLease(t, client, time.Minute)
+			var created Revision
+			for _, value := range c.values {
+				resp, err := client.Put(t.Context(), slotKey(nameOf(t), lease.ID(), 1), value, clientv3.WithLease(lease.ID()))
+				require.NoError(t, err)
+				created = cmp.Or(created, resp.Header.Revision)
+			}
+			lock := mustAcquire(t, client, nameOf(t), WithLease(lease), WithValue("mine"))
+			require.Equal(t, c.takeOver, lock.Token() == created)
+			resp, err := client.Get(t.Context(), slotKey(nameOf(t), lease.ID(), 1))
+			require.NoError(t, err)
+			require.Len(t, resp.Kvs, 1)
+			require.Equal(t, lock.Key(), string(resp.Kvs[0].Key))
+			require.Equal(t, lock.Token(), resp.Kvs[0].ModRevision)
+			require.Equal(t, "mine", string(resp.Kvs[0].Value))
+			require.NoError(t, lock.Close())
+		})
+	}
+}
+
+// clientv3 repeats by itself what a proxy answers so, which cannot be observed here: the key that
+// the second sending meets is that of the first.
+func TestQueueTakesOverAKeyThatAWrappedClientHasWrittenUnseen(t *testing.T) {
+	t.Parallel()
+	for how, acquire := range map[string]func(context.Context, *clientv3.Client, string, ...LockOption) (*Lock, error){
+		"Acquire": Acquire, "TryAcquire": TryAcquire,
+	} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			var created atomic.Int64
+			client := namespaced(t, interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+				err := invoker(ctx, method, req, reply, cc, opts...)
+				r, ok := req.(*etcdserverpb.TxnRequest)
+				if err != nil || !ok || r.Success[0].GetRequestPut() == nil {
+					return err
+				}
+				if created.CompareAndSwap(0, reply.(*etcdserverpb.TxnResponse).Header.Revision) {
+					return errByProxy
+				}
+				return nil
+			}))
+			lock, err := acquire(t.Context(), client, "a")
+			require.NoError(t, err)
+			require.Equal(t, created.Load(), lock.Token(), "it has kept its place")
+			require.NoError(t, lock.Close())
+		})
+	}
 }
