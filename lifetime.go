@@ -77,15 +77,21 @@ func withContextError(ctx context.Context, err error) error {
 	return err
 }
 
-// withEndOf adds the end of a write's ctx to err as withContextError does. ctx may be that of the
-// lock. Then an unknown outcome does not wrap what ended the lock, because ErrLockLost and
-// ErrClosed say that nothing was applied.
+// withEndOf adds the end of a write's ctx to err as withContextError does. But an unknown outcome
+// does not wrap ctx's cause: that may be an error, such as ErrLockLost or ErrConditionFailed, which
+// says that nothing was applied.
 func withEndOf(ctx context.Context, err error) error {
-	cause := context.Cause(ctx)
-	if errors.Is(err, ErrUnknownOutcome) && (errors.Is(cause, ErrLockLost) || errors.Is(cause, ErrClosed)) {
-		return fmt.Errorf("%w: %w: %v", err, ctx.Err(), cause)
+	if !errors.Is(err, ErrUnknownOutcome) {
+		return withContextError(ctx, err)
 	}
-	return withContextError(ctx, err)
+	switch ended, cause := ctx.Err(), context.Cause(ctx); ended {
+	case nil:
+		return err
+	case cause:
+		return fmt.Errorf("%w: %w", err, ended)
+	default:
+		return fmt.Errorf("%w: %w: %v", err, ended, cause)
+	}
 }
 
 func isContextError(err error) bool {

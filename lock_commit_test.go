@@ -248,6 +248,42 @@ func TestCommitOfUnknownOutcomeIsNotDeniedByTheEndOfItsContext(t *testing.T) {
 	}
 }
 
+// ctx may end with what another call has returned, as that of an errgroup does.
+func TestCommitOfUnknownOutcomeIsNotDeniedByTheCauseOfItsContext(t *testing.T) {
+	t.Parallel()
+	for _, cause := range []error{ErrConditionFailed, ErrLogConflict, ErrReplaced, ErrLockHeld, ErrLockLost, ErrClosed} {
+		t.Run(cause.Error(), func(t *testing.T) {
+			t.Parallel()
+			client, faults := faultyClient(t)
+			for what, call := range map[string]func(ctx context.Context, lock *Lock, w *LogWriter[string]) error{
+				"commit": func(ctx context.Context, lock *Lock, _ *LogWriter[string]) error {
+					_, err := lock.Commit(ctx, clientv3.OpPut(nameOf(t)+"-data", ""))
+					return err
+				},
+				"write": func(ctx context.Context, _ *Lock, w *LogWriter[string]) error { _, err := w.Write(ctx, ""); return err },
+			} {
+				lock := mustAcquire(t, client, nameOf(t)+"-"+what)
+				lock.cancelWatch() // it sends a transaction, too
+				w := mustWriter[string](t, lock, nameOf(t)+"-log")
+				ctx, end := context.WithCancelCause(context.Background())
+				faults.each(func(x txn) error {
+					err := x.land()
+					end(fmt.Errorf("another's: %w", cause))
+					<-x.ctx.Done()
+					return errors.Join(err, x.ctx.Err())
+				})
+				err := call(ctx, lock, w)
+				faults.each(nil)
+				require.ErrorIs(t, err, ErrUnknownOutcome, what)
+				require.ErrorIs(t, err, context.Canceled, what)
+				require.NotErrorIs(t, err, cause, what)
+				require.ErrorContains(t, err, "another's", what)
+				require.NoError(t, lock.Close())
+			}
+		})
+	}
+}
+
 func TestCommitsAreSerialisedAndHold127Operations(t *testing.T) {
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
