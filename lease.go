@@ -622,10 +622,19 @@ func (l *Lease) handleExpiry() {
 		return
 	}
 	if why := cmp.Or(denial, l.renewal.failure()); why != nil {
-		l.markLost(errorf("%w: %w", ErrLeaseExpired, why))
+		l.markLost(errorf("%w: %w", ErrLeaseExpired, renewalError{why}))
 		return
 	}
 	l.markLost(ErrLeaseExpired)
+}
+
+// A renewalError is what a renewal failed with. errors.Is recognizes it, but not as the end of a
+// context. Nothing unwraps it: an error that wraps a lost lease is about another request, and
+// [IsTransient] and [IsAmbiguous] report on that one.
+type renewalError struct{ error }
+
+func (e renewalError) Is(target error) bool {
+	return !isContextError(target) && errors.Is(e.error, target)
 }
 
 func (l *Lease) markLost(cause error) {

@@ -125,6 +125,38 @@ func TestRealErrorsAreClassified(t *testing.T) {
 	require.False(t, IsTransient(err), "of a closed client nothing more comes: %v", err)
 }
 
+// What has failed the renewals of a lost lock says nothing about what is refused because of that.
+func TestErrorsOfALostLockAreNotThoseOfItsRenewals(t *testing.T) {
+	t.Parallel()
+	door := openDoor(t, testCluster.Endpoints()[0])
+	lock := mustAcquire(t, newClient(t, door.addr), nameOf(t), WithTTL(2*time.Second))
+	doing := start(func() (struct{}, error) {
+		return struct{}{}, lock.Do(context.Background(), func(ctx context.Context) error { <-ctx.Done(); return errAway })
+	})
+	door.shut()
+	<-lock.Done()
+	calls := 0
+	_, err := Retry(context.Background(), func(ctx context.Context) (Revision, error) {
+		calls++
+		return lock.Commit(ctx, clientv3.OpPut(nameOf(t)+"-data", ""))
+	})
+	require.ErrorIs(t, err, ErrLockLost)
+	require.ErrorIs(t, err, ErrLeaseExpired)
+	require.ErrorContains(t, err, "connection refused")
+	require.False(t, IsTransient(err), err)
+	require.False(t, IsAmbiguous(err), "nothing was applied: %v", err)
+	require.Equal(t, 1, calls)
+
+	<-doing.done
+	require.ErrorIs(t, doing.err, ErrLockLost)
+	require.True(t, IsAmbiguous(doing.err), "what fn did may have been applied: %v", doing.err)
+
+	expired := errorf("%w: %w", ErrLeaseExpired, renewalError{fmt.Errorf("%w: %w", context.Canceled, rpctypes.ErrTimeout)})
+	require.ErrorIs(t, expired, rpctypes.ErrTimeout)
+	require.False(t, IsTransient(expired))
+	require.False(t, IsAmbiguous(expired))
+}
+
 var errAway = status.Error(codes.Unavailable, "away")
 
 func failing(times int, with error) func(context.Context) (int, error) {
