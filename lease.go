@@ -376,7 +376,9 @@ func (l *Lease) Close() error {
 
 func (l *Lease) release() error {
 	lost := l.stopCause()
-	l.shutdown(ErrClosed)
+	if !l.shutdown(ErrClosed) {
+		lost = context.Cause(l.stopCtx) // it may have been lost just now
+	}
 	l.stopTimers()
 	l.renewal.awaitStream()
 	if lost != nil {

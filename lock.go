@@ -618,7 +618,9 @@ func (l *Lock) Close() error {
 
 func (l *Lock) release() error {
 	lost := l.stopCause()
-	l.shutdown(ErrClosed)
+	if !l.shutdown(ErrClosed) {
+		lost = context.Cause(l.stopCtx) // it may have been lost just now
+	}
 	l.detach()
 	if lost != nil {
 		l.removeLeft()

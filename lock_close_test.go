@@ -108,6 +108,49 @@ func TestCloseThatCouldNotBeConfirmedHappensLater(t *testing.T) {
 	require.NoError(t, lock.lease.Err())
 }
 
+// endingContext calls end right after it has said for the first time that it goes on.
+type endingContext struct {
+	context.Context
+	end func()
+}
+
+func (c *endingContext) Err() error {
+	err := c.Context.Err()
+	if end := c.end; end != nil {
+		c.end = nil
+		end()
+	}
+	return err
+}
+
+// Close looks whether it was lost, and then ends it. The loss comes in between.
+func TestCloseOfWhatIsLostAtThatMomentReportsTheLoss(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	shared := mustLease(t, client, time.Minute)
+	for name, opts := range map[string][]LockOption{"own lease": nil, "shared lease": {WithLease(shared)}} {
+		logger, lines := recordingLogger()
+		lock := mustAcquire(t, client, nameOf(t)+name, append(opts, WithLogger(logger))...)
+		lock.cancelWatch()
+		mustDelete(t, client, lock.Key())
+		lock.mu.Lock()
+		lock.stopCtx = &endingContext{lock.stopCtx, func() { _ = lock.keyDeleted() }}
+		lock.mu.Unlock()
+		err := lock.Close()
+		require.ErrorIs(t, context.Cause(lock), ErrLockLost, name)
+		require.Equal(t, context.Cause(lock), err, name)
+		eventually(t, func() bool { return len(lines()) == 2 }, "both are logged")
+		require.Equal(t, []string{"etcdutil: lock acquired", "etcdutil: lock lost"}, lines(), name)
+	}
+	lease := mustLease(t, client, time.Minute)
+	lease.stopCtx = &endingContext{lease.stopCtx, func() { lease.markLost(ErrLeaseRevoked) }}
+	err := lease.Close()
+	require.Equal(t, ErrLeaseRevoked, context.Cause(lease))
+	require.Equal(t, ErrLeaseRevoked, err)
+	_, err = client.Revoke(t.Context(), lease.ID())
+	require.NoError(t, err)
+}
+
 func TestSharedLeaseThatIsClosedLosesItsLocks(t *testing.T) {
 	client := testCluster.Client(t)
 	lease := mustLease(t, client, 10*time.Second)
