@@ -394,6 +394,7 @@ func TestRegistrationSetOfUnknownOutcomeIsNotDeniedByTheEndOfItsContext(t *testi
 			require.ErrorIs(t, setting.err, ErrUnknownOutcome)
 			require.ErrorIs(t, setting.err, context.Canceled)
 			require.NotErrorIs(t, setting.err, ErrClosed)
+			require.NotErrorIs(t, setting.err, ErrReplaced)
 			link.Heal()
 			require.NoError(t, r.Set(context.Background(), "3"))
 			require.NoError(t, r.Err(), "nobody has registered its key")
