@@ -302,8 +302,8 @@ func (m *Mirror[T]) Wait(ctx context.Context, r Revision) error {
 	return nil
 }
 
-// await waits for a report that is at least the wanted one. It asks etcd how far the watch has come,
-// after a while also if ask is false: then no change is expected.
+// await waits for a report that is at least the wanted one. It asks etcd how far the watch has
+// come, after a while also if ask is false: then no change is expected.
 func (m *Mirror[T]) await(ctx context.Context, wanted mirrorReport, ask bool) error {
 	reports, number := m.reports.Receiver(), max(wanted.asked, m.asked.Load())
 	for pause := 10 * time.Millisecond; ; pause, ask = min(2*pause, mirrorMaxBackoff), true {
