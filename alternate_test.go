@@ -106,7 +106,7 @@ func (p *turnTaker) harm() {
 
 func TestProcessesThatTakeTurnsAtALogWriteOneSequence(t *testing.T) {
 	t.Parallel()
-	duration := 40 * time.Second
+	duration := 30 * time.Second
 	if testing.Short() {
 		duration = 10 * time.Second
 	}

@@ -348,7 +348,7 @@ func TestRetryAcceptsTheLongestDelays(t *testing.T) {
 	t.Parallel()
 	for _, p := range []RetryPolicy{
 		{Initial: math.MaxInt64},
-		{Max: math.MaxInt64},
+		{Max: math.MaxInt64, Elapsed: 5 * time.Second},
 		{Initial: math.MaxInt64, Max: math.MaxInt64, Elapsed: -1, Attempts: 1},
 		{Initial: 1, Max: 1, Elapsed: time.Millisecond},
 		{Elapsed: math.MaxInt64, AttemptTimeout: math.MaxInt64, Attempts: 1},
