@@ -561,12 +561,7 @@ func awaitConnections(t *testing.T, client *clientv3.Client) {
 
 func TestWatchLeavesAMemberThatIsIsolated(t *testing.T) {
 	t.Parallel()
-	for range 3 { // a busy machine may make it late, but not every time
-		if leavesIsolated(t) {
-			return
-		}
-	}
-	require.Fail(t, "not within three elections and one second")
+	onceInTime(t, func() bool { return leavesIsolated(t) }, "within three elections and one second")
 }
 
 // leavesIsolated isolates a member under a watch, and reports whether the watch was moved in time.
