@@ -11,8 +11,10 @@ import (
 )
 
 func TestRestoreTakesTheClusterBackToItsBackup(t *testing.T) {
+	t.Parallel()
 	for _, members := range []int{1, 3} {
 		t.Run(fmt.Sprint(members), func(t *testing.T) {
+			t.Parallel()
 			cluster := etcdtest.Start(t, members)
 			endpoints := cluster.Endpoints()
 			client := cluster.Client(t)
@@ -44,6 +46,7 @@ func TestRestoreTakesTheClusterBackToItsBackup(t *testing.T) {
 }
 
 func TestRestoreTakesTheLastBackup(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	client := cluster.Client(t)
 	for _, value := range []string{"first", "second"} {
@@ -62,6 +65,7 @@ func TestRestoreNeedsABackup(t *testing.T) {
 }
 
 func TestRestoreLeavesAStoppedMemberStoppedButWithItsOldData(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	put(t, cluster.Client(t), "old")
 	require.NoError(t, cluster.Backup())
@@ -76,6 +80,7 @@ func TestRestoreLeavesAStoppedMemberStoppedButWithItsOldData(t *testing.T) {
 }
 
 func TestBackupAndRestoreOfAStoppedCluster(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	client := cluster.Client(t)
 	put(t, client, "old")

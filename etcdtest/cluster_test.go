@@ -3,6 +3,7 @@ package etcdtest_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -27,6 +28,10 @@ import (
 const patience = time.Minute
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if err := flag.Set("test.parallel", "8"); err != nil { // they wait more than they compute
+		panic(err)
+	}
 	code := m.Run()
 	err := goleak.Find()
 	for range 10 { // what is about to end has longer for it than the half second that goleak allows
@@ -100,6 +105,7 @@ func requireOneOperation(t *testing.T, client *clientv3.Client) {
 }
 
 func TestAuthTokenExpiresAsConfigured(t *testing.T) {
+	t.Parallel()
 	const lifetime = 3 * time.Second // enough to use it once, however slow the machine
 	cluster, err := etcdtest.NewWith(1, func(config *embed.Config) {
 		config.AuthTokenTTL = uint(lifetime / time.Second)

@@ -18,8 +18,10 @@ import (
 )
 
 func TestSecureClusterServesItsClientsOverTLSOnly(t *testing.T) {
+	t.Parallel()
 	for _, members := range []int{1, 3} {
 		t.Run(fmt.Sprint(members), func(t *testing.T) {
+			t.Parallel()
 			cluster := etcdtest.StartSecure(t, members, etcdtest.Security{TLS: true})
 			put(t, cluster.Client(t), "over TLS")
 			require.Error(t, tryPut(t, clientTo(t, cluster.Endpoints()[0]), "in plain text"))
@@ -39,6 +41,7 @@ func TestSecureClusterServesItsClientsOverTLSOnly(t *testing.T) {
 }
 
 func TestSecureClusterIsIsolatedAndRestoredLikeAnyOther(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.StartSecure(t, 3, etcdtest.Security{TLS: true, Users: []etcdtest.User{{Name: "user", Password: "secret"}}})
 	client := cluster.Client(t)
 	put(t, client, "old")
@@ -125,8 +128,10 @@ func TestUsersHaveTheirPermissionsOnly(t *testing.T) {
 }
 
 func TestTokensExpireAsConfigured(t *testing.T) {
+	t.Parallel()
 	for _, jwt := range []bool{false, true} {
 		t.Run(fmt.Sprintf("JWT=%v", jwt), func(t *testing.T) {
+			t.Parallel()
 			const lifetime = 3 * time.Second // enough to use it once, however slow the machine
 			cluster := etcdtest.StartSecure(t, 1, etcdtest.Security{
 				Users: []etcdtest.User{{Name: "root", Password: "secret"}}, JWT: jwt, TokenTTL: lifetime,

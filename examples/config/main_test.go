@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"flag"
 	"testing"
+	"time"
 
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
@@ -54,6 +56,8 @@ func TestHelpExplainsAndPlaysNothing(t *testing.T) {
 
 func TestEtcdThatCannotBeReachedIsReported(t *testing.T) {
 	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	defer cancel()
 	var out bytes.Buffer
-	require.ErrorContains(t, run(t.Context(), []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")
+	require.ErrorContains(t, run(ctx, []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")
 }
