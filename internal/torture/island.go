@@ -191,6 +191,9 @@ func (i *island) restore(f fault) error {
 	if err := i.cluster.Restore(); err != nil {
 		return err
 	}
+	if err := i.permit(context.Background()); err != nil { // the backup may be of a denial
+		return err
+	}
 	i.mu.Lock()
 	i.restores = append(i.restores, span{from, i.now()})
 	i.mu.Unlock()
@@ -214,11 +217,24 @@ func (i *island) deny(f fault) error {
 		}
 	}
 	sleep(ctx, f.For)
-	_, err := i.root.RoleGrantPermission(ctx, islandUser, everything.Key, everything.End, clientv3.PermissionType(clientv3.PermReadWrite))
+	err := i.permit(ctx)
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.denials = append(i.denials, span{from, i.now()})
 	return err
+}
+
+// permit gives the user its permission.
+func (i *island) permit(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	for {
+		_, err := i.root.RoleGrantPermission(ctx, islandUser, everything.Key, everything.End, clientv3.PermissionType(clientv3.PermReadWrite))
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		sleep(ctx, 50*time.Millisecond) // etcd may just have been restored
+	}
 }
 
 // deleteKey takes a lock from its holder.
