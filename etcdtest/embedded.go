@@ -53,7 +53,13 @@ func (e *embedded) cut() error {
 	for _, peer := range e.peers() {
 		e.etcd.Server.CutPeer(peer)
 	}
-	e.step(raftpb.MsgForgetLeader)
+	// etcd takes a moment to act on it, and may get it before what the leader had sent.
+	for deadline := time.Now().Add(stepTimeout); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		e.step(raftpb.MsgForgetLeader)
+		if leader := e.etcd.Server.Leader(); leader == 0 || leader == e.etcd.Server.MemberID() {
+			break
+		}
+	}
 	return nil
 }
 
