@@ -692,7 +692,7 @@ func (s *keySlots) reserve(name string, id clientv3.LeaseID, ownClient bool) str
 	s.foreign = s.foreign || !ownClient
 	s.count++
 	key := slotKey(name, id, s.count%keysPerName)
-	if s.slots[key] != nil {
+	if s.slots[key] != nil || s.foreign { // another client's namespace may make two keys one
 		key = slotKey(name, id, s.count+keysPerName) // which was never used before
 	}
 	s.slots[key] = &keySlot{}
