@@ -561,3 +561,18 @@ func TestQueueTakesOverAKeyThatAWrappedClientHasWrittenUnseen(t *testing.T) {
 		})
 	}
 }
+
+func TestQueueOfTwoNamespacesOnOneLeaseSharesNoKey(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	lease := mustLease(t, client, time.Minute)
+	inNamespace := namespaced(t, testCluster.Client(t))
+	name := nameOf(t) + ":a" // as it is called outside
+	held := mustAcquire(t, inNamespace, "a", WithLease(lease))
+	for range keysPerName {
+		_, err := Acquire(t.Context(), client, name, WithLease(lease), WithAcquireTimeout(100*time.Millisecond))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+	}
+	require.NoError(t, held.Err())
+	require.NoError(t, held.Close())
+}
