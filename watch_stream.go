@@ -419,6 +419,9 @@ func (h *watchHub) count(kind streamKind) (n int) {
 	return n
 }
 
+// catchingUp reports whether watches are to move to the live stream.
+func (h *watchHub) catchingUp() bool { return h.count(catchUpStream)+h.count(ownStream) > 0 }
+
 // shared returns the stream of a kind of which there is one.
 func (h *watchHub) shared(s **watchStream, kind streamKind) *watchStream {
 	if *s == nil || (*s).ended || (*s).closed {
@@ -714,7 +717,7 @@ type watchStream struct {
 	asked      int           // how many requests for progress were sent
 	settled    int           // how many of them were answered or dropped
 	askedAt    time.Time     // when the last was sent
-	used       time.Time     // when it last had watches
+	used       time.Time     // when it last had watches, or some were to move to it
 	stalledOut bool          // it waited too long for its reader
 	idle       bool          // it was given up because it did not answer
 }
@@ -878,7 +881,7 @@ func (r *registration) drop() {
 }
 
 func (s *watchStream) tick(now time.Time, passed time.Duration) {
-	if len(s.subs) > 0 {
+	if len(s.subs) > 0 || s == s.hub.live && !s.closed && s.hub.catchingUp() {
 		s.used = now
 	} else if s.catchesUp() || s.closed || now.Sub(s.used) >= streamLinger {
 		s.ended = true // no watch joins it any more
