@@ -674,10 +674,11 @@ func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge
 }
 
 // tooMuchAtOnce has a watch that is behind get less in a message than on a stream that did not
-// answer: over a slow link a large message takes longer than the timeout.
+// answer: over a slow link a large message takes longer than the timeout. If the answers did not
+// come in fragments, it is the other way round: etcd takes long to make those of small events.
 func (sub *watchSub) tooMuchAtOnce(s *watchStream) {
 	if s.catchesUp() {
-		sub.large = true
+		sub.large = !s.fragment
 	} else {
 		sub.settled = false // what it missed comes by a catch-up stream
 	}
