@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 )
 
@@ -211,5 +212,48 @@ func TestWatchCatchesUpOverASlowLink(t *testing.T) {
 	w := mustWatch[string](t, client, "k", WithCodec(Raw), WithRevision(from))
 	for i := range puts {
 		require.Equal(t, from+Revision(i), next(t, w).Revision)
+	}
+}
+
+// No progress moves it to the live stream, on which a quiet watch comes on.
+func TestWatchBehindAProxyThatBeganInThePastComesOn(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	direct := cluster.Client(t)
+	from := mustPut(t, direct, "k", "")
+	mustPut(t, direct, "other", "")
+	w := mustWatch[string](t, newClient(t, etcdtest.StartProxy(t, cluster).Endpoint()), "k", WithRevision(from), WithCodec(Raw))
+	require.Equal(t, from, next(t, w).Revision)
+	rev := mustPut(t, direct, "other", "")
+	eventually(t, func() bool { return w.Revision() >= rev }, "the watch comes on")
+	rev = mustPut(t, direct, "k", "")
+	require.Equal(t, rev, next(t, w).Revision)
+}
+
+// etcd takes long to make fragments of many small events. They are asked for over a slow link, which
+// does not last.
+func TestWatchCatchesUpAfterItsLinkWasSlow(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	const keys = 30_000
+	for i := 0; i < keys; i += 100 {
+		var ops []clientv3.Op
+		for j := range 100 {
+			ops = append(ops, clientv3.OpPut(fmt.Sprintf("p/%0100d", i+j), ""))
+		}
+		_, err := writer.Txn(t.Context()).Then(ops...).Commit()
+		require.NoError(t, err)
+	}
+	deleted, err := writer.Delete(t.Context(), "p/", clientv3.WithPrefix())
+	require.NoError(t, err)
+	rev := deleted.Header.Revision
+	client := newClient(t, slowLink(t, cluster.Endpoints()[0], 50_000))
+	w := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithRevision(rev))
+	opened := hubRef{client}.streams()
+	eventually(t, func() bool { return hubRef{client}.streams() > opened }, "the stream was given up")
+	client.SetEndpoints(cluster.Endpoints()...)
+	for range keys {
+		require.Equal(t, rev, next(t, w).Revision)
 	}
 }

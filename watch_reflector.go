@@ -329,7 +329,7 @@ func (r *reflector) history(next Revision) stateRead {
 
 func (r *reflector) checked(read stateRead, resp *clientv3.TxnResponse, err error) historyVerdict {
 	switch {
-	case read.known != r.past.newest: // learn has found out more
+	case read.known != r.past.newest || read.seen != r.past.seen: // learn has found out more
 		return checkAgain
 	case errors.Is(err, rpctypes.ErrCompacted) && !r.atNext:
 		r.atNext = true
@@ -472,7 +472,7 @@ func (r *reflector) newest(at Revision) clientv3.Op {
 
 // read returns how to read what same compares, as of a revision, where 0 is now.
 func (p *past) read(r *reflector, at Revision) stateRead {
-	return stateRead{ops: p.reads(r, at), cost: p.cost(r), known: p.newest}
+	return stateRead{ops: p.reads(r, at), cost: p.cost(r), known: p.newest, seen: p.seen}
 }
 
 // reads reads the newest change, then for a prefix what there is.

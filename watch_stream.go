@@ -53,6 +53,7 @@ type stateRead struct {
 	ops   []clientv3.Op
 	cost  int      // about how many bytes etcd handles for ops
 	known keyState // the newest change
+	seen  Revision // the newest that etcd is known to have had
 }
 
 // A historyVerdict says what is to become of a watch whose history was checked.
