@@ -230,8 +230,8 @@ func TestWatchBehindAProxyThatBeganInThePastComesOn(t *testing.T) {
 	require.Equal(t, rev, next(t, w).Revision)
 }
 
-// etcd takes long to make fragments of many small events. They are asked for over a slow link, which
-// does not last.
+// etcd takes long to make fragments of many small events. They are asked for over a slow link,
+// which does not last.
 func TestWatchCatchesUpAfterItsLinkWasSlow(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
