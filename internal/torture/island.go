@@ -37,6 +37,7 @@ type island struct {
 
 	mu        sync.Mutex
 	histories []*oracle // one of each epoch
+	restoring bool      // the next epoch may have begun
 	restores  []span
 	denials   []span // when the permission was away
 	observed  []*segment
@@ -153,13 +154,23 @@ func (i *island) beginHistory() {
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.histories = append(i.histories, o)
+	i.histories, i.restoring = append(i.histories, o), false
 }
 
 // epoch is the number of the current history.
 func (i *island) epoch() int {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	return len(i.histories) - 1
+}
+
+// latestEpoch is the number of the newest history that a client may see.
+func (i *island) latestEpoch() int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.restoring {
+		return len(i.histories)
+	}
 	return len(i.histories) - 1
 }
 
@@ -187,6 +198,9 @@ func (i *island) restore(f fault) error {
 		return err
 	}
 	defer i.disturbances.begin(everyHost)()
+	i.mu.Lock()
+	i.restoring = true
+	i.mu.Unlock()
 	from := i.now()
 	if err := i.cluster.Restore(); err != nil {
 		return err
@@ -407,7 +421,7 @@ func (w *islander) followSnapshot(f *islandFollower) {
 		follow(keys, []etcdutil.Event[string]{e})
 		f.saw(e)
 		if e.Type == etcdutil.EventSynced {
-			s := islandState{state{revision: e.Revision, keys: maps.Clone(keys)}, f.name, epoch, w.island.epoch()}
+			s := islandState{state{revision: e.Revision, keys: maps.Clone(keys)}, f.name, epoch, w.island.latestEpoch()}
 			w.island.mu.Lock()
 			w.island.states = append(w.island.states, s)
 			w.island.mu.Unlock()
