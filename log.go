@@ -355,7 +355,7 @@ func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, 
 }
 
 // ruleOut makes sure that no sending is applied any more: an empty Commit changes the lock's key,
-// or the key is gone. That the lock has ended is not enough, because its key may still be there.
+// or the key is gone. The end of the lock is not enough: its key may still be there.
 func (w *LogWriter[T]) ruleOut(ctx context.Context) error {
 	_, err := w.lock.fence.commit(ctx, w.config.retry, nil, nil)
 	if err == nil {
