@@ -174,6 +174,8 @@ const (
 	streamLinger = time.Second
 	// avoidMember is how long a member that failed is avoided while there are others.
 	avoidMember = 30 * time.Second
+	// avoidPause is how long to wait for another member before the next try.
+	avoidPause = 500 * time.Millisecond
 	// maxBrokenBackoff bounds the backoff after a stream that was open, as a number of failures.
 	maxBrokenBackoff = 3
 	// proxyInterval is how often the keys of a quiet watch behind etcd's gRPC proxy are read.
@@ -208,7 +210,7 @@ type watchHub struct {
 	failures [streamKinds]int     // in a row
 	silences [streamKinds]int     // in a row: streams that were given up without an answer
 	ticked   time.Time            // when tick last ran
-	avoided  map[string]time.Time // members that failed, and until when they are avoided
+	avoided  map[string]avoidance // members that failed
 	timer    *time.Timer
 	released func() // from the client's context
 }
@@ -335,7 +337,7 @@ func newWatchHub(client *clientv3.Client) *watchHub {
 		client:  client,
 		subs:    make(map[*watchSub]struct{}),
 		all:     make(map[*watchStream]struct{}),
-		avoided: make(map[string]time.Time),
+		avoided: make(map[string]avoidance),
 		opened:  watchHubs.opened,
 	}
 	// Every watch needs a leader, so that a member that is cut off from the quorum is left.
@@ -605,17 +607,50 @@ func (h *watchHub) tick() {
 	h.timer.Reset(hubTick)
 }
 
-// avoid has a member avoided for a while.
-func (h *watchHub) avoid(member string) {
-	if member != "" {
-		h.avoided[member] = time.Now().Add(avoidMember)
-	}
+// An avoidance says until when a member that failed is avoided.
+type avoidance struct {
+	since, until time.Time
+	silent       bool // it gave no answer. That costs more time than an error
 }
 
-func (h *watchHub) avoids(member string) bool {
+// avoid has the member of a stream that failed avoided for a while.
+func (h *watchHub) avoid(s *watchStream) {
+	now := time.Now()
+	maps.DeleteFunc(h.avoided, func(_ string, a avoidance) bool { return now.After(a.until) })
+	if s.member == "" {
+		return
+	}
+	a, again := h.avoided[s.member]
+	if !again || a.silent {
+		a.since = now
+	}
+	h.avoided[s.member] = avoidance{since: a.since, until: now.Add(avoidMember), silent: s.idle}
+}
+
+// takes reports whether a stream may be opened to a member after so many tries. Members that are
+// avoided are taken when all have been tried. But one that was silent is not, while another that
+// failed with an error may be about to come back.
+func (h *watchHub) takes(member string, tries int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return time.Now().Before(h.avoided[member])
+	now, a := time.Now(), h.avoided[member]
+	switch {
+	case now.After(a.until):
+		return true
+	case a.silent && h.awaitsAnother(now):
+		return false
+	}
+	return tries > len(h.client.Endpoints())
+}
+
+// awaitsAnother reports whether a member began to fail with errors a short time ago.
+func (h *watchHub) awaitsAnother(now time.Time) bool {
+	for _, a := range h.avoided {
+		if !a.silent && now.Sub(a.since) < idleTimeout {
+			return true
+		}
+	}
+	return false
 }
 
 // streamEnded finds another stream for the watches of one that ended.
@@ -639,7 +674,7 @@ func (h *watchHub) streamEnded(s *watchStream, err error) {
 		h.silences[s.kind]++
 	}
 	if len(s.subs) > 0 && !tooLarge && !s.stalledOut {
-		h.avoid(s.member)
+		h.avoid(s)
 	}
 	err = s.reason(err)
 	for _, sub := range slices.Collect(maps.Keys(s.subs)) {
@@ -725,15 +760,11 @@ type watchStream struct {
 }
 
 func (s *watchStream) run(delay time.Duration, failed int) {
-	var err error
 	if delay > 0 {
 		sleep(s.ctx, delay)
 		redial(s.hub.client)
 	}
-	// Opening may wait for a token from a member that is stuck.
-	timeout := time.AfterFunc(openTimeout<<(2*s.hub.patience(failed)), s.cancel)
-	rpc, err := s.open()
-	timeout.Stop()
+	rpc, err := s.open(openTimeout << (2 * s.hub.patience(failed)))
 	if err == nil {
 		s.opened(rpc)
 		var sending sync.WaitGroup
@@ -746,30 +777,43 @@ func (s *watchStream) run(delay time.Duration, failed int) {
 	s.hub.streamEnded(s, err)
 }
 
-// open opens the stream to another member than those that are avoided, if it can: gRPC takes them
-// in turn. A stream that it does not take is closed at once.
-func (s *watchStream) open() (pb.Watch_WatchClient, error) {
-	remote, limit := pb.NewWatchClient(s.hub.client.ActiveConnection()), maxMessage
-	if s.fragment {
-		limit = math.MaxInt32 // a single event may be larger than fragments are
-	}
+// open opens the stream to a member that is not avoided, if it can. gRPC takes the members in turn.
+// A stream that it does not take is closed at once.
+func (s *watchStream) open(timeout time.Duration) (pb.Watch_WatchClient, error) {
 	inTurn := func() {}
-	for tries := 2 * len(s.hub.client.Endpoints()); ; tries-- {
+	for tries := 1; ; tries++ {
 		ctx, cancel := context.WithCancel(s.ctx)
-		rpc, err := remote.Watch(ctx, grpc.MaxCallRecvMsgSize(limit))
+		rpc, err := s.openToAny(ctx, timeout)
 		inTurn()
 		if err != nil {
 			cancel()
 			return nil, err
 		}
-		s.member = peerOf(rpc.Context())
-		if tries <= 1 || !s.hub.avoids(s.member) {
+		if member := peerOf(rpc.Context()); s.hub.takes(member, tries) {
+			s.member = member
 			context.AfterFunc(s.ctx, cancel)
 			return rpc, nil
 		}
 		cancel()
+		if tries > 2*len(s.hub.client.Endpoints()) {
+			sleep(s.ctx, avoidPause)
+		}
+		if s.ctx.Err() != nil {
+			return nil, s.ctx.Err()
+		}
 		inTurn = skipMembers(s.ctx, s.hub.client)
 	}
+}
+
+// openToAny opens the stream to whichever member gRPC takes. It may wait for a token from a member
+// that is stuck.
+func (s *watchStream) openToAny(ctx context.Context, timeout time.Duration) (pb.Watch_WatchClient, error) {
+	limit := maxMessage
+	if s.fragment {
+		limit = math.MaxInt32 // a single event may be larger than fragments are
+	}
+	defer time.AfterFunc(timeout, s.cancel).Stop()
+	return pb.NewWatchClient(s.hub.client.ActiveConnection()).Watch(ctx, grpc.MaxCallRecvMsgSize(limit))
 }
 
 // peerOf returns the address at the other end of a stream.
@@ -1062,6 +1106,7 @@ func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
 	s.hub.failures[s.kind] = 0
 	if s.heard = s.heard || !resp.Created || !s.catchesUp(); s.heard {
 		s.hub.silences[s.kind] = 0
+		delete(s.hub.avoided, s.member)
 	}
 	switch {
 	case resp.Created:

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"example.com/etcdutil/etcdtest"
@@ -147,16 +148,77 @@ func TestWatchLeavesTwoSilentConnectionsOfThree(t *testing.T) {
 	awaitConnections(t, client)
 	first.Cut()
 	second.Cut()
-	eventually(t, func() bool {
-		h := hubRef{client}.lock()
-		defer h.mu.Unlock()
-		return h.live != nil && h.live.number > 0 && h.live.member == second.Endpoint()
-	}, "the watch moves to the second connection")
+	eventually(t, func() bool { return watchesFrom(client, second.Endpoint()) }, "the watch moves to the second connection")
 	addEndpoints(client, cluster.Endpoints()...)
 	begin := time.Now()
 	rev = mustPut(t, writer, "k", "")
 	require.Equal(t, rev, next(t, w).Revision)
 	require.Less(t, time.Since(begin), 2*idleTimeout)
+}
+
+// A stream to a silent member costs seconds. A member that only broke the connection may be back
+// sooner.
+func TestWatchWaitsForAnotherMemberRatherThanReturnToASilentOne(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	silent, other := etcdtest.StartLink(t, cluster.Endpoints()[0]), etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client := newClient(t, silent.Endpoint())
+	w := mustWatch[string](t, client, "k", WithCodec(Raw))
+	rev := mustPut(t, writer, "k", "")
+	require.Equal(t, rev, next(t, w).Revision)
+	addEndpoints(client, other.Endpoint())
+	awaitConnections(t, client)
+	silent.Cut()
+	eventually(t, func() bool { return watchesFrom(client, other.Endpoint()) }, "the watch moves to the other member")
+	for range 2 {
+		other.Reset() // the second time while it is connected to: gRPC tries again after a second
+		time.Sleep(10 * time.Millisecond)
+	}
+	begin := time.Now()
+	rev = mustPut(t, writer, "k", "")
+	for {
+		select {
+		case e := <-w.Events():
+			require.Equal(t, rev, e.Revision)
+			return
+		case <-time.After(time.Millisecond):
+			passed := time.Since(begin)
+			require.Less(t, passed, patience)
+			require.False(t, passed < idleTimeout-hubTick && watchesFrom(client, silent.Endpoint()), "it has a stream to the silent member")
+		}
+	}
+}
+
+func TestHubTakesASilentMemberWhenTheOthersDoNotComeBack(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, "a:1", "b:1", "c:1")
+	synctest.Test(t, func(t *testing.T) {
+		h := &watchHub{client: client, avoided: make(map[string]avoidance)}
+		silent, refusing := &watchStream{member: "a:1", idle: true}, &watchStream{member: "b:1"}
+		require.True(t, h.takes("a:1", 1))
+		h.avoid(silent)
+		require.False(t, h.takes("a:1", 3), "others are tried first")
+		require.True(t, h.takes("a:1", 4), "no other is about to come back")
+		h.avoid(refusing)
+		require.False(t, h.takes("a:1", 1000))
+		require.False(t, h.takes("b:1", 3))
+		require.True(t, h.takes("b:1", 4))
+		time.Sleep(idleTimeout / 2)
+		h.avoid(refusing)
+		require.False(t, h.takes("a:1", 1000))
+		time.Sleep(idleTimeout / 2)
+		require.True(t, h.takes("a:1", 4), "the other fails again and again")
+		time.Sleep(avoidMember)
+		require.True(t, h.takes("a:1", 1))
+	})
+}
+
+// watchesFrom reports whether the client's live stream is open to a member.
+func watchesFrom(client *clientv3.Client, member string) bool {
+	h := hubRef{client}.lock()
+	defer h.mu.Unlock()
+	return h.live != nil && h.live.number > 0 && h.live.member == member
 }
 
 func TestWatchDoesNotJoinAStreamThatIsAboutToEnd(t *testing.T) {
