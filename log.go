@@ -383,10 +383,10 @@ func (w *LogWriter[T]) unknownOutcome(data string, why any) error {
 // continues. Close returns nil, or [ErrLockLost] if the lock was lost before. So do further calls.
 func (w *LogWriter[T]) Close() error {
 	w.closing.Do(func() {
-		if lost := w.lock.stopCause(); errors.Is(lost, ErrLockLost) {
+		w.shutdown(ErrClosed)
+		if lost := w.lock.stopCause(); errors.Is(lost, ErrLockLost) { // before, or just now
 			w.lost = lost
 		}
-		w.shutdown(ErrClosed)
 	})
 	return w.lost
 }
