@@ -82,6 +82,8 @@ func TestCleanupsOfManyCancelledAcquisitionsAreAllDoneAtOnce(t *testing.T) {
 				})
 			}
 			waiters(t, client, nameOf(t), n+1)
+			// A write that has no answer yet would be cleaned up after for as long as it may arrive.
+			eventually(t, func() bool { return goroutinesIn("etcdutil.(*contender).waitDeleted(") == n }, "each has its answer")
 			cancel()
 			all.Wait()
 			eventually(t, func() bool { return len(leases(t, client)) == want }, "their leases are revoked")
