@@ -465,6 +465,7 @@ func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) { // not in paralle
 		}, 3 * time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel() // beside the others of this table only
 			cluster := etcdtest.Start(t, 3)
 			follower := (cluster.Leader() + 1) % 3
 			link := etcdtest.StartLink(t, cluster.Endpoints()[follower])
