@@ -140,6 +140,7 @@ func TestMirrorNeedsLittleMoreMemoryThanAMap(t *testing.T) {
 	if underRace {
 		return // the race detector takes memory itself
 	}
+	t.Parallel() // the process that is measured is another one
 	cost := mirrorCostOf(t, 100_000)
 	t.Logf("%+v", cost)
 	require.Less(t, float64(cost.MirrorHeap), 1.5*float64(cost.MapHeap))

@@ -69,6 +69,7 @@ func unindented(source string) string {
 }
 
 func TestDocsCommandsWork(t *testing.T) {
+	t.Parallel()
 	for path, page := range pages(t) {
 		for _, block := range blocks(page, "sh") {
 			for line := range strings.Lines(block) {

@@ -148,6 +148,7 @@ func TestWatchFromNowOnMindsARestoreWhileItOpens(t *testing.T) {
 
 // The proxy's own watch goes on by itself, and so does the stream of its clients.
 func TestWatchBehindAProxyNoticesARestore(t *testing.T) {
+	t.Parallel()
 	for name, written := range map[string]int{"at an earlier revision": 1, "that was overtaken": 30} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
