@@ -101,7 +101,7 @@ func TestRenewalOfThreeThousandLeasesOutlivesFourResets(t *testing.T) {
 	for worker := range 16 {
 		granting.Go(func() {
 			for i := worker; i < n; i += 16 {
-				lease, err := NewLease(context.Background(), client, ttl)
+				lease, err := NewLease(context.Background(), client, ttl, WithKeepAliveInterval(time.Second))
 				if err != nil {
 					t.Error(err)
 					return
@@ -221,7 +221,7 @@ func TestRenewalStreamOpensWhenTheFirstRenewalIsDue(t *testing.T) {
 
 func TestRenewalOutlivesAnEtcdThatRefusesConnectionsForMostOfItsTime(t *testing.T) {
 	t.Parallel()
-	for _, ttl := range []time.Duration{2 * time.Second, 8 * time.Second} {
+	for _, ttl := range []time.Duration{2 * time.Second, 6 * time.Second} {
 		t.Run(ttl.String(), func(t *testing.T) {
 			t.Parallel()
 			onceInTime(t, func() bool { return outlivesRefusals(t, ttl) }, "renewed in the time that was left")
