@@ -103,7 +103,14 @@ func TestRegisterWritesAKeyAgainThatIsGone(t *testing.T) {
 }
 
 func TestRegisterIsBackAfterTenTTLs(t *testing.T) {
-	t.Parallel()
+	t.Parallel() // its cases are no subtests, which would begin after all other tests
+	const ttl = 2 * time.Second
+	type outage struct {
+		cluster *etcdtest.Cluster
+		r       *Registration[string]
+		heal    func()
+	}
+	outages := map[string]outage{}
 	for name, fault := range map[string]func(c *etcdtest.Cluster, l *etcdtest.Link) (heal func()){
 		"black hole": func(_ *etcdtest.Cluster, l *etcdtest.Link) func() {
 			l.Cut()
@@ -114,17 +121,17 @@ func TestRegisterIsBackAfterTenTTLs(t *testing.T) {
 			return func() { _ = c.Restart(0) }
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			cluster := etcdtest.Start(t, 1)
-			client, link := linkedTo(t, cluster)
-			r := mustRegister(t, client, nameOf(t), "1", WithTTL(2*time.Second))
-			heal := fault(cluster, link)
-			time.Sleep(10 * r.keeper.lease.Load().TTL())
-			require.NoError(t, r.Err())
-			heal()
-			requireRegisteredWithin(t, registerBackWithin, cluster.Client(t), r, "1")
-		})
+		cluster := etcdtest.Start(t, 1)
+		client, link := linkedTo(t, cluster)
+		r := mustRegister(t, client, nameOf(t), "1", WithTTL(ttl))
+		require.Equal(t, ttl, r.keeper.lease.Load().TTL())
+		outages[name] = outage{cluster, r, fault(cluster, link)}
+	}
+	time.Sleep(10 * ttl)
+	for name, o := range outages {
+		require.NoError(t, o.r.Err(), name)
+		o.heal()
+		requireRegisteredWithin(t, registerBackWithin, o.cluster.Client(t), o.r, "1")
 	}
 }
 
