@@ -173,6 +173,7 @@ func TestStopDoesNotWaitForWatches(t *testing.T) {
 }
 
 func TestOthersElectALeaderWhenTheirsStops(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	first := cluster.Leader()
 	require.NoError(t, cluster.Stop(first))
@@ -185,6 +186,7 @@ func TestOthersElectALeaderWhenTheirsStops(t *testing.T) {
 }
 
 func TestRestartReturnsWithoutQuorumAndTheNextOneServes(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	put(t, cluster.Client(t), "kept")
 	for i := range 3 {
@@ -210,6 +212,7 @@ func TestRestartWaitsForItsPort(t *testing.T) {
 }
 
 func TestIsolatedLeaderLosesLeadershipUntilItRejoins(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	first := cluster.Leader()
 	isolated := clientTo(t, cluster.Endpoints()[first])
@@ -235,6 +238,7 @@ func TestIsolatedLeaderLosesLeadershipUntilItRejoins(t *testing.T) {
 }
 
 func TestIsolatedFollowerLosesItsLeaderUntilItRejoins(t *testing.T) {
+	t.Parallel()
 	for begin := time.Now(); !leaderStays(t); { // a busy machine may make for an election, but not every time
 		require.Less(t, time.Since(begin), patience, "the return of a follower must not disturb the leader")
 	}
@@ -263,6 +267,7 @@ func leaderStays(t *testing.T) bool {
 }
 
 func TestNoLeaseIsRenewedAcrossAnIsolation(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name     string
 		isolated func(leader int) int
@@ -290,6 +295,7 @@ func TestNoLeaseIsRenewedAcrossAnIsolation(t *testing.T) {
 }
 
 func TestIsolationLastsThroughARestart(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	member := (cluster.Leader() + 1) % 3
 	require.NoError(t, cluster.Isolate(member))
@@ -305,6 +311,7 @@ func TestIsolationLastsThroughARestart(t *testing.T) {
 }
 
 func TestIsolatingAMajorityLeavesNoLeader(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	for i := range 2 {
 		require.NoError(t, cluster.Isolate(i))
@@ -372,6 +379,7 @@ func TestClosedClusterRefusesAndChangesNoMore(t *testing.T) {
 }
 
 func TestClusterMayBeUsedConcurrently(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 3)
 	var users sync.WaitGroup
 	for i := range 3 {
@@ -501,6 +509,7 @@ func entries(t *testing.T, dir string) []string {
 // etcd 3.7 panics in an election that comes before it has applied what it had committed, if that is
 // over a hundred entries.
 func TestMemberWithManyEntriesRestarts(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	client := cluster.Client(t)
 	for range 2000 {

@@ -371,6 +371,7 @@ func TestWriteIsAppliedWhoseReplyIsDropped(t *testing.T) {
 }
 
 func TestClientOutlivesARestartBehindItsLink(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
 	client := clientTo(t, link.Endpoint())

@@ -61,8 +61,9 @@ func TestSecureClusterIsIsolatedAndRestoredLikeAnyOther(t *testing.T) {
 }
 
 func TestCertificatesRotateWithoutARestart(t *testing.T) {
+	t.Parallel()
 	cluster := etcdtest.StartSecure(t, 1, etcdtest.Security{TLS: true})
-	const validity = 2 * time.Second
+	const validity = 4 * time.Second // enough to use it once, however slow the machine
 	first, err := cluster.Certificate("client", validity)
 	require.NoError(t, err)
 	expired := time.Now().Add(validity)
@@ -176,6 +177,7 @@ func TestClusterWithoutTLSHasNoCertificates(t *testing.T) {
 }
 
 func TestProxyServesKeysWatchesLeasesAndUsers(t *testing.T) {
+	t.Parallel()
 	for name, security := range map[string]etcdtest.Security{
 		"open": {},
 		"TLS and users": {TLS: true, Users: []etcdtest.User{{
