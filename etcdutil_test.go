@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -34,6 +35,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	debug.SetGCPercent(300) // the servers allocate much, and the tests need the processors
 	// The tests that run in parallel wait for leases to expire, not for a processor.
 	flag.Parse()
 	parallel := "40"
