@@ -71,7 +71,7 @@ func TestHelpExplainsAndPlaysNothing(t *testing.T) {
 
 func TestEtcdThatCannotBeReachedIsReported(t *testing.T) {
 	t.Parallel()
-	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	var out bytes.Buffer
 	require.ErrorContains(t, run(ctx, []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"flag"
 	"testing"
+	"time"
 
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
@@ -59,6 +61,8 @@ func TestLogHelpPlaysNothing(t *testing.T) {
 
 func TestLogReportsAnUnreachableEtcd(t *testing.T) {
 	t.Parallel()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
 	var out bytes.Buffer
-	require.ErrorContains(t, run(t.Context(), []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")
+	require.ErrorContains(t, run(ctx, []string{"-endpoints", "127.0.0.1:1"}, &out), "127.0.0.1:1")
 }
