@@ -271,9 +271,10 @@ func (m *Mirror[T]) Revision() Revision { return m.current.Load().revision }
 // AsOf returns a time at which the copy was equal to etcd. Everything written before that time has
 // been copied.
 //
-// While etcd can be reached, that time is rarely more than 1 s ago. It stands still while etcd
-// cannot be reached, and while the member that serves the watch is cut off from the others. For a
-// readiness probe compare time.Since(m.AsOf()) with how stale a copy may be.
+// While etcd can be reached, that time is rarely more than 1 s ago; through etcd's gRPC proxy up to
+// 15 s. It stands still while etcd cannot be reached, and while the member that serves the watch is
+// cut off from the others. For a readiness probe compare time.Since(m.AsOf()) with how stale a copy
+// may be.
 func (m *Mirror[T]) AsOf() time.Time { return *m.asOf.Load() }
 
 // Changes returns a receiver of the latest revision at which the copy changed: a value, whether it
@@ -341,21 +342,50 @@ func (m *Mirror[T]) endError() error {
 	return contextError(m)
 }
 
+// A mirrorCheck is a state of etcd that the copy has to reach.
+type mirrorCheck struct {
+	mirrorReport
+	sent time.Time // before it was read
+}
+
 // keepVerifying moves AsOf until the context ends.
 func (m *Mirror[T]) keepVerifying() {
+	var open mirrorCheck
 	for m.Err() == nil {
-		m.verify()
+		open = m.verify(open)
 		sleep(m.ctx, verifyInterval/2+rand.N(verifyInterval/2))
 	}
 }
 
-// verify moves AsOf to now, if the copy is up to date. It reads the store's revision, from the
-// quorum, and waits for the watch to report that it has come so far. A report that was asked for
-// before the read would prove nothing, nor would a copy of the same revision: etcd may have been
-// restored since. If the store has gone back, the watch has yet to notice.
-func (m *Mirror[T]) verify() {
+// verify reads the state of etcd and moves AsOf to now, if the copy reaches it. If not, it returns
+// what is to be reached first the next time: behind etcd's gRPC proxy a quiet watch takes seconds
+// to show how far it has come, and the store goes on meanwhile. open is what it returned the last
+// time, zero if there is none.
+func (m *Mirror[T]) verify(open mirrorCheck) mirrorCheck {
 	ctx, cancel := context.WithTimeout(m.ctx, verifyTimeout)
 	defer cancel()
+	now, err := m.readState(ctx)
+	if err != nil {
+		return open
+	}
+	checks := []mirrorCheck{open, now}
+	if open.upTo == 0 || now.upTo < open.upTo { // none, or etcd was restored
+		checks = checks[1:]
+	}
+	for _, c := range checks {
+		if m.await(ctx, c.mirrorReport, m.Revision() < c.upTo) != nil {
+			return c
+		}
+		m.asOf.Store(&c.sent)
+	}
+	return mirrorCheck{}
+}
+
+// readState reads the store's revision, from the quorum, which the watch has to report that it has
+// reached. A report that was asked for before the read would prove nothing, nor would a copy of the
+// same revision: etcd may have been restored since. If the store has gone back, the watch has yet
+// to notice.
+func (m *Mirror[T]) readState(ctx context.Context) (mirrorCheck, error) {
 	before, sent := m.watcher.Load().received(), time.Now()
 	key := m.key
 	if key == "" {
@@ -365,13 +395,13 @@ func (m *Mirror[T]) verify() {
 	resp, err := retry(ctx, &m.config.config, once, "verify mirror", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return m.config.client.Get(ctx, key, clientv3.WithKeysOnly())
 	})
-	if err != nil || resp.Header.Revision < before {
-		return
+	switch {
+	case err != nil:
+		return mirrorCheck{}, err
+	case resp.Header.Revision < before:
+		return mirrorCheck{}, errRestored
 	}
-	rev := resp.Header.Revision
-	if m.await(ctx, mirrorReport{rev, m.asked.Add(1)}, m.Revision() < rev) == nil {
-		m.asOf.Store(&sent)
-	}
+	return mirrorCheck{mirrorReport{resp.Header.Revision, m.asked.Add(1)}, sent}, nil
 }
 
 // Close ends the mirror with ErrClosed and waits for what it has started, for at most 5 s if the

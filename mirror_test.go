@@ -453,6 +453,28 @@ func TestMirrorAsOfIsNeverLaterThanWhatItHas(t *testing.T) {
 	require.True(t, ok)
 }
 
+// Through the proxy a quiet watch takes seconds to show how far it has come.
+func TestMirrorAsOfMovesThroughTheGRPCProxyWhileOtherKeysAreWritten(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	m := mustMirror[string](t, newClient(t, etcdtest.StartProxy(t, cluster).Endpoint()), "p/", WithPrefix(), WithCodec(Raw))
+	ctx, cancel := context.WithCancel(t.Context())
+	var writing sync.WaitGroup
+	writing.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = writer.Put(ctx, "other", "")
+			sleep(ctx, 50*time.Millisecond)
+		}
+	})
+	defer writing.Wait()
+	defer cancel()
+	for range 2 {
+		begin := time.Now()
+		requireWithin(t, 15*time.Second, func() bool { return m.AsOf().After(begin) }, "AsOf moves")
+	}
+}
+
 func TestMirrorAsOfMindsARestoreToTheSameRevision(t *testing.T) {
 	t.Parallel()
 	cluster, key := etcdtest.Start(t, 1), nameOf(t)
