@@ -285,7 +285,9 @@ func (m *Mirror[T]) Changes() *Receiver[Revision] { return m.changes.Receiver() 
 
 // Wait waits until the copy is of revision r or later. To read your own write, pass the revision in
 // the header of its response, whichever key was written. Wait asks etcd how far the watch has come,
-// and takes a round trip or two. A revision from before a restore may never come.
+// and takes a round trip or two. A revision from before a restore may never come. Until the mirror
+// has noticed a restore and listed the keys again, a revision that the old copy had reached counts
+// as reached.
 //
 // Errors:
 //   - An error that Is both ctx.Err() and context.Cause(ctx) if ctx ended. ctx bounds this call.
