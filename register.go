@@ -169,6 +169,7 @@ type keeper struct {
 
 	turn     chan struct{} // held by who writes; guards what follows
 	value    []byte
+	accepted []byte                // the last value that etcd is known to have taken; nil at first
 	lease    atomic.Pointer[Lease] // under which the key was last written, or is to be; nil at first
 	former   []*Lease              // under which writes of unknown outcome were tried since revision
 	revision atomic.Int64          // of the last write that was confirmed; 0 at first
@@ -333,7 +334,7 @@ func (k *keeper) set(ctx context.Context, value []byte) error {
 	switch {
 	case err == nil:
 		return nil
-	case result.mayBeApplied:
+	case result.mayBeApplied && !isRequestTooLarge(err):
 		k.value = value
 		wake(k.changed)
 		return fmt.Errorf("%w: %v", ErrUnknownOutcome, err) // an end that err wraps would say that it was not
@@ -360,6 +361,9 @@ func (k *keeper) check(ctx context.Context) error {
 		return err
 	}
 	if err := k.write(ctx, kv.GetModRevision(), k.value, new(txnResult)); err != nil {
+		if isRequestTooLarge(err) {
+			k.value = k.accepted // that of a Set of unknown outcome never is
+		}
 		return err
 	}
 	k.config.reporter.registrationRestored(k.key, k.lease.Load().id)
@@ -445,7 +449,7 @@ func (k *keeper) leases() []*Lease {
 
 // confirm notes that the key has value, written at a revision.
 func (k *keeper) confirm(rev Revision, value []byte) {
-	k.value, k.former = value, nil
+	k.value, k.accepted, k.former = value, value, nil
 	k.revision.Store(rev)
 	wake(k.written)
 }

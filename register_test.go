@@ -374,6 +374,36 @@ func TestRegistrationSetOfUnknownOutcomeIsWrittenWhenEtcdIsBack(t *testing.T) {
 	requireRegisteredWithin(t, registerBackWithin, other, r, "2")
 }
 
+// etcd never takes such a value, whether it is known at once or not.
+func TestRegistrationKeepsItsValueAfterASetThatIsTooLarge(t *testing.T) {
+	t.Parallel()
+	other, large := newClient(t, testCluster.Endpoints()...), strings.Repeat("x", 1600<<10)
+	t.Run("outcome unknown at first", func(t *testing.T) {
+		t.Parallel()
+		client, faults := faultyClient(t)
+		r := mustRegister(t, client, nameOf(t), "1", WithRetryPolicy(RetryPolicy{Attempts: 1}))
+		faults.inTurn(func(txn) error { return errLost })
+		require.ErrorIs(t, r.Set(t.Context(), large), ErrUnknownOutcome)
+		mustDelete(t, other, nameOf(t))
+		requireRegisteredWithin(t, registerBackWithin, other, r, "1")
+	})
+	for name, value := range map[string]string{"for etcd": large, "for the client": large + large} {
+		t.Run("through a wrapped client, "+name, func(t *testing.T) {
+			t.Parallel()
+			r := mustRegister(t, namespaced(t, newClient(t, testCluster.Endpoints()...)), "key", "1")
+			err := r.Set(t.Context(), value)
+			require.Error(t, err)
+			require.NotErrorIs(t, err, ErrUnknownOutcome)
+			key := nameOf(t) + ":key"
+			mustDelete(t, other, key)
+			requireWithin(t, registerBackWithin, func() bool {
+				kv := keyNow(t, other, key)
+				return kv != nil && string(kv.Value) == "1"
+			}, "the key is written")
+		})
+	}
+}
+
 // What ends the context of a call says of itself that nothing was written, or that it was replaced.
 func TestRegistrationSetOfUnknownOutcomeIsNotDeniedByTheEndOfItsContext(t *testing.T) {
 	t.Parallel()

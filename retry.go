@@ -263,6 +263,12 @@ func IsAmbiguous(err error) bool {
 	return false
 }
 
+// isRequestTooLarge reports whether etcd or the client refused a request for its size. No sending
+// of it can be applied.
+func isRequestTooLarge(err error) bool {
+	return errors.Is(rpctypes.Error(err), rpctypes.ErrRequestTooLarge) || strings.HasPrefix(statusOf(err).message, sendTooLarge)
+}
+
 const (
 	clientClosing = "grpc: the client connection is closing"
 	sendTooLarge  = "trying to send message larger than max"
