@@ -227,6 +227,7 @@ func (k *keeper) run() {
 			k.owner.shutdown(err)
 		default: // refused, for example because a permission was taken away
 			failed++
+			k.config.reporter.retrying(RetryEvent{Op: "register", Attempt: failed, Err: err})
 			p := k.policy
 			p.Max = max(p.Max, refusedMaxBackoff)
 			sleep(k.owner.ctx, p.withDefaults().backoff(failed))
