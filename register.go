@@ -51,8 +51,9 @@ const (
 // [WithRetryPolicy] sets a Max above 250 ms, which is the default here.
 //
 // An older registration of the key is taken over at once, even if its owner is alive. It ends with
-// [ErrReplaced], and does not write the key again. So of several processes that register one key,
-// the last stays. To let the first one stay, register under a [Lock].
+// [ErrReplaced], and does not write the key again, unless the newer one has gone before it has seen
+// that. So of several processes that register one key, the last stays. To let the first one stay,
+// register under a [Lock].
 //
 // When the parent ends, the key is no longer kept. Close removes it, or etcd does when the lease's
 // TTL has passed.
@@ -65,8 +66,9 @@ const (
 //   - An error that names the argument if key is empty, v cannot be encoded, or an option is
 //     refused.
 //   - rpctypes.ErrPermissionDenied if the key may not be read and written.
-//   - What etcd answered last, if [RetryPolicy] gave up. The policy bounds this call and Set. The
-//     key may have been written then; its lease is revoked in the background, or expires.
+//   - [ErrUnknownOutcome] if etcd did not confirm the write. The key may have been written; its
+//     lease is revoked in the background, or expires.
+//   - What etcd answered last, if [RetryPolicy] gave up. The policy bounds this call and Set.
 //   - ctx's end.
 func Register[T any](ctx context.Context, client *clientv3.Client, key string, v T, opts ...RegisterOption) (*Registration[T], error) {
 	if err := requireClient(ctx, client); err != nil {
@@ -135,10 +137,12 @@ func (r *Registration[T]) Set(ctx context.Context, v T) error {
 
 // Close ends the registration with ErrClosed and removes the key, if it is still the registration's
 // own. Close waits for what the registration has started. It takes no longer than the lease has
-// left, and 5 s at most. The parent may have ended. Further calls return what the first did.
+// left and a second, and 5 s at most. The parent may have ended. Further calls return what the
+// first did.
 //
 // It returns nil when the key is removed, and else:
-//   - [ErrReplaced] if somebody else had registered the key. It is left as it is.
+//   - [ErrReplaced] if the registration had ended with it. The key is left as it is.
+//   - An error that says so if the client was closed before. The key goes with its lease.
 //   - [ErrUnknownOutcome] if etcd did not confirm the removal. The error says by when the key will
 //     be gone, because its lease is no longer renewed.
 func (r *Registration[T]) Close() error {
