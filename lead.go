@@ -407,6 +407,7 @@ type holderFeed struct {
 
 	holder *mvccpb.KeyValue // as last sent; nil if there is none
 	at     Revision         // when that was so
+	paused bool             // meanwhile the reader had the feed wait, long enough for a restore
 }
 
 func (f *holderFeed) run(ctx context.Context) {
@@ -425,8 +426,15 @@ func (f *holderFeed) run(ctx context.Context) {
 			f.end(ctx, err)
 			return
 		}
-		f.queue.awaitRoom(ctx)
+		f.awaitRoom(ctx)
 	}
+}
+
+// awaitRoom waits for the reader.
+func (f *holderFeed) awaitRoom(ctx context.Context) {
+	began := time.Now()
+	f.queue.awaitRoom(ctx)
+	f.paused = f.paused || time.Since(began) > restoreTime
 }
 
 // look reads who holds the lock, and queues what is new.
@@ -500,16 +508,17 @@ func (f *holderFeed) follow(ctx context.Context) error {
 		return err
 	}
 	defer w.Close()
-	if time.Since(began) > restoreTime {
+	if f.paused || time.Since(began) > restoreTime {
 		if err := f.recheck(ctx); err != nil {
 			return err
 		}
+		f.paused = false
 	}
 	for e := range w.Events() {
 		if done, err := next(e); done || err != nil {
 			return err
 		}
-		f.queue.awaitRoom(ctx)
+		f.awaitRoom(ctx)
 	}
 	return context.Cause(w)
 }

@@ -214,6 +214,39 @@ func TestWatchHolderOutlivesARestore(t *testing.T) {
 	requireHolder(t, w, after, "")
 }
 
+// The watch is opened anew only when the reader comes on. Then it stands at once, and its revision
+// is one that the new history has too.
+func TestWatchHolderOutlivesARestoreWhileItsReaderIsBehind(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	client := cluster.Client(t)
+	lease := mustLease(t, client, time.Minute)
+	mustPutLeased(t, client, "l/restored", lease)
+	require.NoError(t, cluster.Backup())
+	mustDelete(t, client, "l/restored")
+	mustPutLeased(t, client, "l/a", lease)
+	w := mustWatchHolder(t, client, "l")
+	require.Equal(t, "l/a", next(t, w).Key)
+	requireSynced(t, w)
+	_, err := client.Put(t.Context(), "l/a", "in hand", clientv3.WithLease(lease.ID()))
+	require.NoError(t, err)
+	mustDelete(t, client, "l/a")
+	eventually(t, func() bool { return w.queue.untilTaken() != nil }, "the feed waits for the reader")
+	require.NoError(t, cluster.Restore())
+	for range 30 {
+		mustPut(t, cluster.Client(t), "other", "")
+	}
+	time.Sleep(restoreTime)
+	require.Equal(t, "in hand", next(t, w).Value.Value)
+	requireVacant(t, w, "l/a")
+	e := next(t, w)
+	for e.Type == EventSynced {
+		e = next(t, w)
+	}
+	require.Equal(t, EventPut, e.Type)
+	require.Equal(t, "l/restored", e.Key)
+}
+
 func TestWatchHolderOutlivesAnOutage(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
