@@ -73,7 +73,7 @@ func Lead(ctx context.Context, client *clientv3.Client, name string, fn func(ctx
 			c.reporter.retrying(RetryEvent{Op: "lead", Attempt: failed, Err: err})
 		}
 		if time.Since(began) > policy.Max {
-			failed = 1 // it led or waited for a while: this is another fault
+			failed = 0 // it led or waited for a while: the next fault is another
 		}
 		sleep(ctx, policy.backoff(failed))
 	}
