@@ -31,8 +31,9 @@ import (
 // bounds each request of Lead, and Lead returns when one gives up. The defaults do not end it.
 // [WithAcquireTimeout] bounds each wait for a turn, outages included.
 //
-// ctx is the parent of each lock. When it ends, so does fn's context, and Lead returns when fn has.
-// While it waits it returns within 100 ms, and removes its key in the background if necessary.
+// ctx is the parent of each lock. When it ends, so does fn's context. Lead returns when fn has and
+// the lock is released, for which it waits as long as [Lock.Close] does. While it waits for its
+// turn it returns within 100 ms, and removes its key in the background if necessary.
 //
 // Lead returns nil if fn returns nil while the lock is held, and else:
 //   - fn's error if the lock was still held.
