@@ -351,6 +351,17 @@ func (s *renewStream) stuck() string {
 	return s.stuckMember
 }
 
+// leaveMember has the next stream reach another member, if there is one: this one may be cut off
+// from the others.
+func (s *renewStream) leaveMember() {
+	if len(s.client.Endpoints()) == 1 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stuckMember = s.member
+}
+
 func (s *renewStream) setFailure(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -399,7 +410,9 @@ func (s *renewStream) receive(ctx context.Context, stream keepAliveStream) (end 
 			return end
 		default:
 			s.setFailure(rpctypes.Error(err))
-			end.denied = s.chargeDenial(err)
+			if end.denied = s.chargeDenial(err); !end.denied {
+				s.leaveMember()
+			}
 			return end
 		}
 	}

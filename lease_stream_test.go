@@ -469,3 +469,27 @@ func TestCloseFromTheObserverOfALostLease(t *testing.T) {
 	close(ready)
 	require.NoError(t, <-closed)
 }
+
+// clientv3 fetches a token before each stream, and gRPC takes the members in turn.
+func TestRenewalWithAPasswordLeavesTheIsolatedOneOfTwoEndpoints(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.StartSecure(t, 3, etcdtest.Security{Users: []etcdtest.User{{Name: "user", Password: "secret"}}})
+	good := cluster.Leader()
+	bad := (good + 1) % 3
+	config, err := cluster.ClientConfig("user")
+	require.NoError(t, err)
+	config.Endpoints = []string{cluster.Endpoints()[bad], cluster.Endpoints()[good]}
+	client, err := clientv3.New(config)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = client.Close() })
+	const ttl = 6 * time.Second
+	var leases []*Lease
+	for range 3 {
+		leases = append(leases, mustLease(t, client, ttl))
+	}
+	require.NoError(t, cluster.Isolate(bad))
+	sleep(t.Context(), 2*ttl)
+	for _, lease := range leases {
+		require.NoError(t, context.Cause(lease))
+	}
+}
