@@ -269,12 +269,15 @@ func (r *grantRequest) ttl() time.Duration { return time.Duration(r.seconds) * t
 
 // observe notes what a sending leaves open. clientv3 may send a request several times by itself.
 func (r *grantRequest) observe(err error) {
-	if !IsAmbiguous(err) {
+	if err != nil && !IsAmbiguous(err) {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.inDoubt = true
+	r.inDoubt = true // also after a grant: what reads the answer may still fail, and ask again
+	if err == nil {
+		return
+	}
 	// After ErrNoSpace etcd may have applied the grant, but does not do so later.
 	if !errors.Is(rpctypes.Error(err), rpctypes.ErrNoSpace) {
 		r.repeatFor = min(r.ttl(), lateWindow)
