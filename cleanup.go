@@ -288,7 +288,7 @@ func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseI
 	for batch := range slices.Chunk(keys, 64) {
 		var gets, deletes []clientv3.Op
 		for _, key := range batch {
-			gets = append(gets, clientv3.OpGet(key))
+			gets = append(gets, clientv3.OpGet(key, clientv3.WithKeysOnly())) // without the lease, in etcd 3.7
 		}
 		resp, err := client.Txn(ctx).Then(gets...).Commit()
 		if err != nil {
@@ -296,11 +296,11 @@ func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseI
 		}
 		for i, r := range resp.Responses {
 			for _, kv := range r.GetResponseRange().Kvs {
-				if clientv3.LeaseID(kv.Lease) != id { // somebody else has written it since
-					continue
+				unchanged := []clientv3.Cmp{
+					clientv3.Compare(clientv3.CreateRevision(batch[i]), "=", kv.CreateRevision),
+					clientv3.Compare(clientv3.LeaseValue(batch[i]), "=", id), // else somebody else has written it
 				}
-				created := clientv3.Compare(clientv3.CreateRevision(batch[i]), "=", kv.CreateRevision)
-				deletes = append(deletes, clientv3.OpTxn([]clientv3.Cmp{created}, []clientv3.Op{clientv3.OpDelete(batch[i])}, nil))
+				deletes = append(deletes, clientv3.OpTxn(unchanged, []clientv3.Op{clientv3.OpDelete(batch[i])}, nil))
 			}
 		}
 		if len(deletes) == 0 {
