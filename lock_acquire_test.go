@@ -432,3 +432,21 @@ func TestAcquireUnderItsOwnLockIsHeldAtOnce(t *testing.T) {
 	require.NoError(t, err, "what was closed is not waited for")
 	require.NoError(t, again.Close())
 }
+
+// The key is there, but nothing has shown that the request was sent twice.
+func TestTryAcquireIsNotRefusedForItsOwnKey(t *testing.T) {
+	t.Parallel()
+	var writes atomic.Int64
+	client := newClientWith(t, grpc.WithChainUnaryInterceptor(func(
+		ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption,
+	) error {
+		if isWriteTxn(req) && writes.Add(1) == 1 {
+			_ = invoke(ctx, method, req, reply, cc)
+			return status.Error(codes.Canceled, "the answer is lost")
+		}
+		return invoke(ctx, method, req, reply, cc, opts...)
+	}))
+	lock, err := TryAcquire(t.Context(), client, nameOf(t))
+	require.NoError(t, err)
+	require.NoError(t, lock.Close())
+}

@@ -153,6 +153,11 @@ func (c *contender) tryClaim(ctx context.Context, seen Revision) error {
 			return nil
 		case c.adopt(rangeIn(resp, 0).Kvs):
 			return c.checkTurnOnce(ctx)
+		case len(rangeIn(resp, 0).Kvs) > 0:
+			if err := c.removeGhost(ctx, rangeIn(resp, 0).Kvs); err != nil {
+				return err
+			}
+			continue
 		}
 		free := resp.Responses[1].GetResponseTxn()
 		if err := errIfHeld(ctx, c.config, c.policy, c.name, free); err != nil {
