@@ -394,7 +394,12 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 	for {
 		select {
 		case <-delay.C:
-			defer c.watchOwnKey(report)()
+			defer c.watchOwnKey(func(err error) {
+				if err == nil {
+					err = errKeyGone
+				}
+				report(err)
+			})()
 		case err := <-gone:
 			return err
 		case <-ctx.Done():
