@@ -216,10 +216,12 @@ type holderScan struct {
 
 // run scans. gone is what an earlier scan has found, or 0: keys that are older are strays.
 func (s *holderScan) run(ctx context.Context, gone Revision) (*mvccpb.KeyValue, Revision, error) {
-	var seen, from Revision
 	if gone != 0 {
 		page, err := s.oldestKeys(ctx, gone, firstKeys)
-		if err != nil {
+		switch {
+		case isTooLarge(err): // the values of strays
+			return s.scan(ctx)
+		case err != nil:
 			return nil, 0, err
 		}
 		rev := page.Header.Revision
@@ -232,6 +234,12 @@ func (s *holderScan) run(ctx context.Context, gone Revision) (*mvccpb.KeyValue, 
 			return nil, rev, nil
 		}
 	}
+	return s.scan(ctx)
+}
+
+// scan reads keys without values.
+func (s *holderScan) scan(ctx context.Context) (*mvccpb.KeyValue, Revision, error) {
+	var seen, from Revision
 	for limit := int64(firstKeys); ; limit = min(8*limit, maxKeys) {
 		page, err := s.oldestKeys(ctx, from, limit, clientv3.WithKeysOnly())
 		if err != nil {
