@@ -69,7 +69,7 @@ func Lead(ctx context.Context, client *clientv3.Client, name string, fn func(ctx
 			}
 			waiting = time.Now()
 		case !c.canCampaign(ctx, waiting, err):
-			return withContextError(ctx, err)
+			return errorf("%w", withContextError(ctx, err))
 		default:
 			c.reporter.retrying(RetryEvent{Op: "lead", Attempt: failed, Err: err})
 		}

@@ -68,13 +68,14 @@ func contextError(ctx context.Context) error {
 
 // withContextError adds ctx's end to err, if ctx has ended and err does not wrap it yet.
 func withContextError(ctx context.Context, err error) error {
-	if ctx.Err() == nil {
+	ended, cause := ctx.Err(), context.Cause(ctx)
+	switch {
+	case ended == nil, errors.Is(err, ended) && errors.Is(err, cause):
 		return err
-	}
-	if cause := contextError(ctx); !errors.Is(err, cause) {
+	case errors.Is(err, ended):
 		return fmt.Errorf("%w: %w", err, cause)
 	}
-	return err
+	return fmt.Errorf("%w: %w", err, contextError(ctx))
 }
 
 // withEndOf adds the end of a write's ctx to err as withContextError does. But an unknown outcome

@@ -433,6 +433,22 @@ func TestAcquireUnderItsOwnLockIsHeldAtOnce(t *testing.T) {
 	require.NoError(t, again.Close())
 }
 
+func TestAcquireNamesTheEndOfItsContextOnce(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	mustLease(t, client, time.Minute) // there is a connection
+	ctx, cancel := context.WithCancelCause(t.Context())
+	link.Cut()
+	acquiring := start(func() (*Lock, error) { return Acquire(ctx, client, nameOf(t)) })
+	time.AfterFunc(100*time.Millisecond, func() { cancel(errors.New("boom")) })
+	within(t, patience, acquiring.done, "Acquire returns")
+	require.ErrorIs(t, acquiring.err, context.Canceled)
+	for _, once := range []string{"boom", "etcdutil: "} {
+		require.Equal(t, 1, strings.Count(acquiring.err.Error(), once), acquiring.err.Error())
+	}
+	require.NotContains(t, acquiring.err.Error(), "context canceled: context canceled")
+}
+
 // The key is there, but nothing has shown that the request was sent twice.
 func TestTryAcquireIsNotRefusedForItsOwnKey(t *testing.T) {
 	t.Parallel()
