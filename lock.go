@@ -586,7 +586,7 @@ func (l *Lock) IsOwner() clientv3.Cmp {
 // without an error only if the key is gone or has lost its lease. Its errors are ctx's end, and
 // what etcd answered last.
 func (l *Lock) Alive(ctx context.Context) (bool, error) {
-	kv, err := l.fence.read(ctx, l.config.retry)
+	kv, err := l.fence.read(ctx, &l.config)
 	if err != nil {
 		return false, errorf("ask for lock %q: %w", l.queue.name, err)
 	}

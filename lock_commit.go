@@ -55,8 +55,8 @@ func (l *Lock) CommitIf(ctx context.Context, conditions []clientv3.Cmp, ops ...c
 		return 0, err
 	}
 	var rev Revision
-	err := l.fence.do(ctx, l.config.retry, func(ctx context.Context) (err error) {
-		rev, err = l.fence.commit(ctx, l.config.retry, conditions, ops)
+	err := l.fence.do(ctx, &l.config, func(ctx context.Context) (err error) {
+		rev, err = l.fence.commit(ctx, &l.config, conditions, ops)
 		return err
 	})
 	if err != nil {
@@ -149,8 +149,8 @@ const answerGrace = 200 * time.Millisecond
 
 // do runs run when it is its turn, with no earlier transaction left that may still be applied. All
 // of it is one call to the policy. The context of run ends soon after the lock is lost.
-func (f *fence) do(ctx context.Context, p RetryPolicy, run func(ctx context.Context) error) error {
-	ctx, cancel := withinElapsed(ctx, p)
+func (f *fence) do(ctx context.Context, c *config, run func(ctx context.Context) error) error {
+	ctx, cancel := withinElapsed(ctx, c.retry)
 	defer cancel()
 	f.makeTurn.Do(func() { f.turn = make(chan struct{}, 1) })
 	select {
@@ -171,7 +171,7 @@ func (f *fence) do(ctx context.Context, p RetryPolicy, run func(ctx context.Cont
 	if f.pending {
 		// What was sent before compares the version, so it cannot be applied once that is
 		// incremented.
-		if _, err := f.commit(held, p, nil, nil); err != nil {
+		if _, err := f.commit(held, c, nil, nil); err != nil {
 			return f.lostOr(fmt.Errorf("nothing sent, because an earlier outcome is still open: %w", opaque(err)))
 		}
 	}
@@ -202,9 +202,9 @@ func (f *fence) unchanged() clientv3.Cmp {
 }
 
 // txn repeats a guarded transaction until it is answered.
-func (f *fence) txn(ctx context.Context, p RetryPolicy, q txnRequest) (*clientv3.TxnResponse, txnResult, error) {
+func (f *fence) txn(ctx context.Context, c *config, q txnRequest) (*clientv3.TxnResponse, txnResult, error) {
 	var r txnResult
-	resp, err := retry(ctx, f.queue.config, p, "commit", func(ctx context.Context) (*clientv3.TxnResponse, error) {
+	resp, err := retry(ctx, c, c.retry, "commit", func(ctx context.Context) (*clientv3.TxnResponse, error) {
 		resp, seen, err := r.send(ctx, f.queue.config.client, q)
 		if !seen {
 			r = txnResult{mayBeApplied: true, mayStillApply: true}
@@ -216,8 +216,8 @@ func (f *fence) txn(ctx context.Context, p RetryPolicy, q txnRequest) (*clientv3
 
 // commit applies ops and increments the key's version in one transaction, if the key is unchanged
 // and the conditions hold.
-func (f *fence) commit(ctx context.Context, p RetryPolicy, conditions []clientv3.Cmp, ops []clientv3.Op) (Revision, error) {
-	resp, r, err := f.txn(ctx, p, f.request(conditions, ops))
+func (f *fence) commit(ctx context.Context, c *config, conditions []clientv3.Cmp, ops []clientv3.Op) (Revision, error) {
+	resp, r, err := f.txn(ctx, c, f.request(conditions, ops))
 	switch {
 	case err == nil && resp.Succeeded:
 		return f.advance(resp.Header.Revision), nil
@@ -228,9 +228,9 @@ func (f *fence) commit(ctx context.Context, p RetryPolicy, conditions []clientv3
 	if err == nil {
 		notApplied = refusal(resp, conditions)
 	}
-	kv, v, failed := f.verdictAfter(ctx, p, resp, r)
+	kv, v, failed := f.verdictAfter(ctx, c, resp, r)
 	if v == verdictUnknown && failed == nil && !IsAmbiguous(err) && len(conditions)+len(ops) > 0 {
-		kv, v, failed = f.ruleOut(ctx, p, r)
+		kv, v, failed = f.ruleOut(ctx, c, r)
 	}
 	if failed != nil {
 		return 0, f.unknownOutcome(cmp.Or(notApplied, failed))
@@ -288,13 +288,13 @@ var errRefused = errors.New("refused, although nothing has changed")
 
 // ruleOut makes sure that no sending of the last transaction, which may still be applied, ever is.
 // It increments the version of a key that was found unchanged.
-func (f *fence) ruleOut(ctx context.Context, p RetryPolicy, r txnResult) (*mvccpb.KeyValue, verdict, error) {
-	resp, own, err := f.txn(ctx, p, f.request(nil, nil))
+func (f *fence) ruleOut(ctx context.Context, c *config, r txnResult) (*mvccpb.KeyValue, verdict, error) {
+	resp, own, err := f.txn(ctx, c, f.request(nil, nil))
 	if err == nil && resp.Succeeded {
 		f.advance(resp.Header.Revision)
 		return nil, verdictNotApplied, nil
 	}
-	kv, v, err := f.verdictAfter(ctx, p, resp, r)
+	kv, v, err := f.verdictAfter(ctx, c, resp, r)
 	if v == verdictApplied && own.mayBeApplied { // the increment may be that of ruleOut
 		v = verdictUnknown
 	}
@@ -304,12 +304,12 @@ func (f *fence) ruleOut(ctx context.Context, p RetryPolicy, r txnResult) (*mvccp
 // verdictAfter decides what became of a transaction, and returns the key that shows it, nil if it
 // is gone. refused is an answer that came after all sendings that r counts, nil if there is none.
 // That of an interceptor has no key.
-func (f *fence) verdictAfter(ctx context.Context, p RetryPolicy, refused *clientv3.TxnResponse, r txnResult) (*mvccpb.KeyValue, verdict, error) {
+func (f *fence) verdictAfter(ctx context.Context, c *config, refused *clientv3.TxnResponse, r txnResult) (*mvccpb.KeyValue, verdict, error) {
 	if refused != nil && len(refused.Responses) > 0 {
 		kv := f.queue.ownIn(rangeIn(refused, 0).Kvs)
 		return kv, f.resolve(r, kv), nil
 	}
-	kv, err := f.read(ctx, p)
+	kv, err := f.read(ctx, c)
 	if err != nil {
 		return nil, verdictUnknown, err
 	}
@@ -317,8 +317,8 @@ func (f *fence) verdictAfter(ctx context.Context, p RetryPolicy, refused *client
 }
 
 // read returns the lock's key, nil if it is gone.
-func (f *fence) read(ctx context.Context, p RetryPolicy) (*mvccpb.KeyValue, error) {
-	resp, err := retry(ctx, f.queue.config, p, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
+func (f *fence) read(ctx context.Context, c *config) (*mvccpb.KeyValue, error) {
+	resp, err := retry(ctx, c, c.retry, "read the lock's key", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		return f.queue.config.client.Get(ctx, f.queue.key)
 	})
 	if err != nil {

@@ -143,6 +143,9 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 	for _, o := range opts {
 		o.applyLog(&c)
 	}
+	if c.logger != lock.config.logger || c.observer != lock.config.observer {
+		c.reporter = nil
+	}
 	c.finish()
 	switch err := c.validate(name); {
 	case err != nil:
@@ -156,7 +159,7 @@ func NewLogWriter[T any](ctx context.Context, lock *Lock, name string, opts ...L
 	}
 	w := &LogWriter[T]{config: c.config, codec: c.codec, lock: lock, name: name, turn: make(chan struct{}, 1)}
 	// An earlier writer under this lock may have left a write pending, which do rules out.
-	err := lock.fence.do(ctx, w.config.retry, func(ctx context.Context) error {
+	err := lock.fence.do(ctx, &w.config, func(ctx context.Context) error {
 		entry, err := w.read(ctx)
 		w.last = positionOf(entry)
 		return lock.fence.lostOr(err)
@@ -228,7 +231,7 @@ func (w *LogWriter[T]) write(ctx context.Context, data string) error {
 	if closed := context.Cause(w.stopCtx); closed != nil {
 		return closed
 	}
-	return w.lock.fence.do(ctx, w.config.retry, func(ctx context.Context) error {
+	return w.lock.fence.do(ctx, &w.config, func(ctx context.Context) error {
 		if err := w.resolvePending(ctx); err != nil {
 			return err
 		}
@@ -266,7 +269,7 @@ func conflictAt(entry *mvccpb.KeyValue) error {
 // a Commit, but after a lost answer it is the log that shows the outcome: one put is enough.
 func (w *LogWriter[T]) append(ctx context.Context, data string) error {
 	for {
-		resp, r, err := w.lock.fence.txn(ctx, w.config.retry, txnRequest{
+		resp, r, err := w.lock.fence.txn(ctx, &w.config, txnRequest{
 			guards: []clientv3.Cmp{w.lock.fence.unchanged(), clientv3.Compare(clientv3.ModRevision(w.name), "=", w.last.revision)},
 			then:   []clientv3.Op{clientv3.OpPut(w.name, data)},
 		})
@@ -349,7 +352,7 @@ func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, 
 		}
 	}
 	if entry, err = w.read(ctx); err == nil {
-		key, err = w.lock.fence.read(ctx, w.config.retry)
+		key, err = w.lock.fence.read(ctx, &w.config)
 	}
 	return entry, key, err
 }
@@ -357,11 +360,11 @@ func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, 
 // ruleOut makes sure that no sending is applied any more: an empty Commit changes the lock's key,
 // or the key is gone. The end of the lock is not enough: its key may still be there.
 func (w *LogWriter[T]) ruleOut(ctx context.Context) error {
-	_, err := w.lock.fence.commit(ctx, w.config.retry, nil, nil)
+	_, err := w.lock.fence.commit(ctx, &w.config, nil, nil)
 	if err == nil {
 		return nil
 	}
-	if key, failed := w.lock.fence.read(ctx, w.config.retry); failed != nil || key != nil {
+	if key, failed := w.lock.fence.read(ctx, &w.config); failed != nil || key != nil {
 		return err
 	}
 	return nil

@@ -361,3 +361,22 @@ func BenchmarkObserved(b *testing.B) {
 	}
 	compare(b, 25, []string{"observed", "unobserved"}, []func(n int){turns("observed", counting), turns("unobserved")})
 }
+
+func TestObserverOfAWriterIsCalledRatherThanThatOfItsLock(t *testing.T) {
+	t.Parallel()
+	client, faults := faultyClient(t)
+	var ofLock, ofWriter atomic.Int64
+	count := func(n *atomic.Int64) Option {
+		return WithObserver(Observer{Retrying: func(RetryEvent) { n.Add(1) }})
+	}
+	lock := mustAcquire(t, client, nameOf(t), count(&ofLock))
+	w := mustWriter[string](t, lock, nameOf(t), count(&ofWriter))
+	faults.inTurn(func(txn) error { return errLost })
+	mustWrite(t, w, 1, "a")
+	eventually(t, func() bool { return ofWriter.Load() > 0 }, "the writer's is called")
+	require.Zero(t, ofLock.Load())
+	sharing := mustWriter[string](t, lock, nameOf(t))
+	faults.inTurn(func(txn) error { return errLost })
+	mustWrite(t, sharing, 2, "b")
+	eventually(t, func() bool { return ofLock.Load() > 0 }, "the lock's is called for a writer without one")
+}
