@@ -58,7 +58,7 @@ func (k *keyWatch) deliver(events []*mvccpb.Event, _ Revision) (room bool) {
 	return true
 }
 
-func (k *keyWatch) compacted(Revision) {}
+func (k *keyWatch) missed(error) {}
 
 func (k *keyWatch) failed(error) {}
 

@@ -266,7 +266,7 @@ func (r *reflector) failed(err error) {
 
 func (r *reflector) refused(err error) { r.fail(err) }
 
-func (r *reflector) compacted(Revision) { r.resyncOrGap(rpctypes.ErrCompacted) }
+func (r *reflector) missed(err error) { r.resyncOrGap(err) }
 
 func (r *reflector) deliver(events []*mvccpb.Event, upTo Revision) (room bool) {
 	if len(events) == 0 {

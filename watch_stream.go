@@ -39,8 +39,9 @@ type watchUser interface {
 	// deliver takes whole revisions, and all that happened up to a revision. It reports whether
 	// there is room for more.
 	deliver(events []*mvccpb.Event, upTo Revision) (room bool)
-	// compacted reports that etcd no longer has what comes next. The watch is parked.
-	compacted(rev Revision)
+	// missed reports why what comes next cannot be had: etcd no longer has it, or it is too large. The
+	// watch is parked.
+	missed(err error)
 	// failed reports that an attempt failed. It is repeated.
 	failed(err error)
 	// refused reports that the watch is impossible. The watch is parked.
@@ -1279,7 +1280,7 @@ func (s *watchStream) handleCanceled(resp *pb.WatchResponse) {
 		h.again(sub)
 	default:
 		h.park(sub)
-		sub.user.compacted(compacted)
+		sub.user.missed(rpctypes.ErrCompacted)
 	}
 }
 

@@ -1535,3 +1535,54 @@ func TestWatchTakesEventsThatAreLargerThanTheClientsLimit(t *testing.T) {
 	mustPut(t, testCluster.Client(t), nameOf(t), strings.Repeat("x", 1_000_000))
 	require.Len(t, next(t, w).Value, 1_000_000)
 }
+
+// A wrapped client checks the history and opens a stream, in turn, and gRPC takes the members in
+// turn as well.
+func TestWatchThroughAWrappedClientLeavesTheIsolatedOneOfTwoEndpoints(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	good := cluster.Leader()
+	bad := (good + 1) % 3
+	writer, client := newClient(t, cluster.Endpoints()[good]), newClient(t, cluster.Endpoints()[bad])
+	w := mustWatch[string](t, namespaced(t, client), "k", WithCodec(Raw))
+	addEndpoints(client, cluster.Endpoints()[good])
+	require.NoError(t, cluster.Isolate(bad))
+	rev := mustPut(t, writer, nameOf(t)+":k", "v")
+	require.Equal(t, rev, next(t, w).Revision)
+}
+
+func TestWatchThroughAWrappedClientWithASmallReceiveLimit(t *testing.T) {
+	t.Parallel()
+	for name, limit := range map[string]int{"more than a fragment": 3 << 20, "less than a fragment": 512 << 10} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cluster := etcdtest.Start(t, 1)
+			writer, link := cluster.Client(t), etcdtest.StartLink(t, cluster.Endpoints()[0])
+			client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}, Logger: zap.NewNop(), MaxCallRecvMsgSize: limit})
+			require.NoError(t, err)
+			t.Cleanup(func() { _ = client.Close() })
+			client = namespaced(t, client)
+			live := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw))
+			state := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithSnapshot())
+			require.Equal(t, EventSynced, next(t, state).Type)
+			link.Cut()
+			for i := range 500 {
+				mustPut(t, writer, fmt.Sprintf("%s:p/%03d", nameOf(t), i), strings.Repeat("x", 10_000))
+			}
+			link.Reset()
+			link.Heal()
+			for range 500 {
+				require.Equal(t, EventPut, next(t, state).Type)
+			}
+			if limit < 1<<20 {
+				_, cause := ends(t, live)
+				require.ErrorIs(t, cause, ErrGap)
+				require.ErrorContains(t, cause, "larger than max")
+				return
+			}
+			for range 500 {
+				require.Equal(t, EventPut, next(t, live).Type)
+			}
+		})
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/metadata"
@@ -103,25 +104,47 @@ func (w *wrappedSource) run(ctx context.Context, sub *watchSub) {
 		if sub.next != 0 && !w.check(ctx, sub) {
 			return
 		}
+		if failed > 0 {
+			w.spendTurns(ctx)
+		}
 		heard, err := w.follow(ctx, sub)
 		if failed++; heard {
 			failed = 1
 		}
-		w.locked(func() {
-			if ctx.Err() != nil {
-				return
-			}
-			if w.client.Ctx().Err() != nil {
-				w.park()
-				sub.user.refused(errClientClosed)
-				return
-			}
-			sub.user.failed(err)
-		})
+		w.locked(func() { w.failed(ctx, sub, err) })
 		sleep(ctx, RetryPolicy{}.withDefaults().backoff(failed))
 		redial(w.client)
 	}
 }
+
+// failed decides whether the watch goes on after err.
+func (w *wrappedSource) failed(ctx context.Context, sub *watchSub, err error) {
+	switch {
+	case ctx.Err() != nil:
+	case w.client.Ctx().Err() != nil:
+		w.park()
+		sub.user.refused(errClientClosed)
+	case isTooLarge(err) && sub.large: // in fragments too
+		w.park()
+		sub.user.missed(err)
+	default:
+		sub.large = sub.large || isTooLarge(err)
+		sub.user.failed(err)
+	}
+}
+
+// spendTurns has the next stream reach any member. gRPC takes the members in turn, and the check
+// has just been answered by a good one: of two members the bad one would always get the stream.
+func (w *wrappedSource) spendTurns(ctx context.Context) {
+	for range rand.N(len(w.client.Endpoints()) + 1) {
+		ctx, cancel := context.WithTimeout(ctx, turnTimeout)
+		_, _ = pb.NewMaintenanceClient(w.client.ActiveConnection()).Status(ctx, &pb.StatusRequest{})
+		cancel()
+	}
+}
+
+// turnTimeout bounds a request that is sent only for its turn.
+const turnTimeout = 250 * time.Millisecond
 
 // check checks the history. It reports whether the watch may be resumed.
 func (w *wrappedSource) check(ctx context.Context, sub *watchSub) bool {
@@ -190,6 +213,9 @@ func (w *wrappedSource) follow(ctx context.Context, sub *watchSub) (heard bool, 
 	}
 	if sub.onlyDeletes {
 		opts = append(opts, clientv3.WithFilterPut())
+	}
+	if sub.large {
+		opts = append(opts, clientv3.WithFragment())
 	}
 	for resp := range w.client.Watcher.Watch(ctx, sub.key, opts...) {
 		silent.Stop()
@@ -263,7 +289,7 @@ func (w *wrappedSource) handle(sub *watchSub, resp *clientv3.WatchResponse) (roo
 			return true, err
 		}
 		w.park()
-		sub.user.compacted(resp.CompactRevision)
+		sub.user.missed(rpctypes.ErrCompacted)
 		return true, err
 	case err != nil:
 		if refused := watchRefusal(err.Error()); errors.Is(refused, rpctypes.ErrPermissionDenied) {
