@@ -152,10 +152,17 @@ func (m *Mirror[T]) load() (*Watcher[decoded[T]], error) {
 			return nil, m.loadError(w)
 		case <-quiet.C:
 			inBackground(func() { _ = w.Close() })
-			return nil, fmt.Errorf("no answer within %v: %w", elapsed, context.DeadlineExceeded)
+			return nil, fmt.Errorf("no answer within %v: %w", elapsed, withFailure(context.DeadlineExceeded, w.lastFailure()))
 		}
 	}
 	return w, nil
+}
+
+func withFailure(err, failure error) error {
+	if failure == nil {
+		return err
+	}
+	return fmt.Errorf("%w: %w", err, failure)
 }
 
 // loadError returns why the first copy cannot be made. The codec may block the watcher.
@@ -192,18 +199,23 @@ func (m *Mirror[T]) run(w *Watcher[decoded[T]]) {
 		failed++
 		sleep(m.ctx, m.config.retry.withDefaults().backoff(failed))
 		var err error
-		if w, err = m.open(); err != nil && failed == 1 && m.Err() == nil {
-			m.config.reporter.mirrorFailing(m.key, err)
+		if w, err = m.open(); err != nil && m.Err() == nil {
+			m.config.reporter.mirrorFailing(m.key, failed, err)
 		}
 	}
 }
 
-// mirrorFailing reports that a mirror cannot be kept up to date for now.
-func (r *reporter) mirrorFailing(key string, err error) {
+// mirrorFailing reports that a mirror cannot be kept up to date for now. It logs the first attempt.
+func (r *reporter) mirrorFailing(key string, attempt int, err error) {
 	if r == nil {
 		return
 	}
-	r.submit(func() { r.log(slog.LevelWarn, "mirror cannot be kept up to date", "key", key, "error", err) })
+	r.submit(func() {
+		if attempt == 1 {
+			r.log(slog.LevelWarn, "mirror cannot be kept up to date", "key", key, "error", err)
+		}
+		call(r.observer.Retrying, RetryEvent{Op: "mirror", Attempt: attempt, Err: err})
+	})
 }
 
 // follow applies what comes from w until it ends. It reports whether the copy was right meanwhile.

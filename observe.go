@@ -33,7 +33,8 @@ type Observer struct {
 	// Renewed is called when a lease was renewed. Took is the round trip. Left is what the lease
 	// had left when the answer came: the smaller it is, the nearer was the loss.
 	Renewed func(LeaseEvent)
-	// Retrying is called for each attempt that failed and is repeated.
+	// Retrying is called for each attempt that failed and is repeated. That a watch loses its
+	// stream is none, if it is resumed at once.
 	Retrying func(RetryEvent)
 	// Resynced is called when a watch lists again because it may have missed changes.
 	Resynced func(WatchEvent)
@@ -284,14 +285,17 @@ func withoutID(op string) string {
 	return op
 }
 
-// watchStalled reports that a watch cannot be resumed for now.
-func (r *reporter) watchStalled(e WatchEvent) {
+// watchStalled reports that a watch cannot be resumed for now. It logs the second attempt: the
+// first may fail because a connection broke.
+func (r *reporter) watchStalled(key string, attempt int, err error) {
 	if r == nil {
 		return
 	}
 	r.submit(func() {
-		r.log(slog.LevelWarn, "watch cannot be resumed yet", "key", e.Key, "cause", e.Err)
-		call(r.observer.Retrying, RetryEvent{Op: "watch", Attempt: 2, Err: e.Err}) // of the first one
+		if attempt == 2 {
+			r.log(slog.LevelWarn, "watch cannot be resumed yet", "key", key, "cause", err)
+		}
+		call(r.observer.Retrying, RetryEvent{Op: "watch", Attempt: attempt, Err: err})
 	})
 }
 

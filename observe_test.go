@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -360,6 +361,23 @@ func BenchmarkObserved(b *testing.B) {
 		})
 	}
 	compare(b, 25, []string{"observed", "unobserved"}, []func(n int){turns("observed", counting), turns("unobserved")})
+}
+
+func TestObserverIsToldThatASlowReaderMakesAWatchListAgain(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	resynced := make(chan WatchEvent, 10)
+	w := mustWatch[string](t, client, nameOf(t), WithPrefix(), WithCodec(Raw), WithSnapshot(),
+		WithObserver(Observer{Resynced: func(e WatchEvent) { resynced <- e }}))
+	require.Equal(t, EventSynced, next(t, w).Type)
+	for i := range 20 {
+		mustPut(t, client, fmt.Sprint(nameOf(t), i%2), strings.Repeat("x", 1<<20))
+	}
+	sleep(t.Context(), slowReaderGrace+2*time.Second)
+	for next(t, w).Type != EventSynced {
+	}
+	eventually(t, func() bool { return len(resynced) == 1 }, "the Observer is called")
+	require.Equal(t, nameOf(t), (<-resynced).Key)
 }
 
 func TestObserverOfAWriterIsCalledRatherThanThatOfItsLock(t *testing.T) {

@@ -441,6 +441,12 @@ func (w *Watcher[T]) report(number int64) {
 	w.reflector.source.standing(&w.reflector.sub, func() { w.queue.report(number, w.reflector.sub.next-1) })
 }
 
+// lastFailure returns why the last attempt failed, nil if none has since the watch stood.
+func (w *Watcher[T]) lastFailure() (err error) {
+	w.reflector.source.locked(func() { err = w.reflector.lastErr })
+	return err
+}
+
 // received returns up to where etcd has sent everything, delivered or not.
 func (w *Watcher[T]) received() (upTo Revision) {
 	w.reflector.source.locked(func() { upTo = w.reflector.sub.next - 1 })

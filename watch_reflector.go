@@ -215,6 +215,7 @@ func (r *reflector) drained() {
 		return
 	}
 	if r.sent != nil {
+		r.reporter.watchResynced(WatchEvent{Key: r.key, Err: errReaderBehind})
 		r.list()
 		return
 	}
@@ -256,8 +257,8 @@ func (r *reflector) created(Revision) {
 func (r *reflector) failed(err error) {
 	r.attempts++
 	r.lastErr = err
-	if r.attempts == 2 {
-		r.reporter.watchStalled(WatchEvent{Key: r.key, Err: err})
+	if r.attempts > 1 { // it lost its stream, and cannot be resumed at once
+		r.reporter.watchStalled(r.key, r.attempts, err)
 	}
 	if r.retry.Attempts > 0 && r.attempts >= r.retry.Attempts {
 		r.stands(attemptsExhausted(r.attempts, r.began, err)) // counts before the watch stands
@@ -754,9 +755,9 @@ func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeRespo
 		case !r.shouldRetry(RetryPolicy{}, err, timedOut):
 			return nil, err
 		}
-		if failed == 2 {
-			r.reporter.watchStalled(WatchEvent{Key: r.key, Err: err})
-		}
+		err = withConnectionError(r.client, err)
+		r.source.locked(func() { r.lastErr = err })
+		r.reporter.watchStalled(r.key, failed, err)
 		sleep(r.ctx, RetryPolicy{}.withDefaults().backoff(failed))
 	}
 }
