@@ -332,11 +332,18 @@ func (w *Watcher[T]) deliver() {
 	}
 }
 
+// errCodecExited is the cause of a watcher whose codec has called runtime.Goexit, as t.FailNow
+// does.
+var errCodecExited = errors.New("etcdutil: the codec ended its goroutine")
+
 func (w *Watcher[T]) end() {
 	if w.reflector != nil {
 		w.reflector.close()
 	}
 	w.last = w.queue.end(w.last)
+	if w.ctx.Err() == nil {
+		w.shutdown(errCodecExited)
+	}
 	close(w.stopped)
 	close(w.events)
 }
