@@ -151,7 +151,9 @@ func WithRevision(r Revision) WatchOption {
 }
 
 // WithSnapshot makes the watcher follow the state. It sends every current key as an EventPut, in
-// the order of keys, then EventSynced, then each change.
+// the order of keys, then EventSynced, then each change. If etcd compacts the list's revision, or
+// is restored, while the list is made, the list begins anew: before EventSynced a key may then be
+// sent again, or as an EventDelete.
 //
 // After missing changes the watcher lists the keys again. It sends the differences from what it
 // sent before as EventPut and EventDelete, and then EventSynced. It misses changes if etcd compacts
