@@ -116,7 +116,8 @@ func (r *Registration[T]) Key() string { return r.keeper.key }
 //
 // Errors:
 //   - [ErrUnknownOutcome] if etcd did not confirm the write. The value is written when etcd can be
-//     reached, unless it was already, another Set comes first, or the registration ends.
+//     reached, unless it was already, it is too large for etcd, another Set comes first, or the
+//     registration ends.
 //   - [ErrReplaced], [ErrClosed] or the parent's end if the registration has ended. The value is
 //     not written.
 //   - Any other error, for example that v cannot be encoded or is too large, or ctx's end. The
@@ -339,7 +340,7 @@ func (k *keeper) set(ctx context.Context, value []byte) error {
 	switch {
 	case err == nil:
 		return nil
-	case result.mayBeApplied && !isRequestTooLarge(err):
+	case result.mayBeApplied && !isUnsendable(err):
 		k.value = value
 		wake(k.changed)
 		return fmt.Errorf("%w: %v", ErrUnknownOutcome, err) // an end that err wraps would say that it was not
@@ -367,7 +368,7 @@ func (k *keeper) check(ctx context.Context) error {
 	}
 	if err := k.write(ctx, kv.GetModRevision(), k.value, new(txnResult)); err != nil {
 		if isRequestTooLarge(err) {
-			k.value = k.accepted // that of a Set of unknown outcome never is
+			k.value = k.accepted // in place of that of a Set of unknown outcome
 		}
 		return err
 	}

@@ -258,16 +258,20 @@ func IsAmbiguous(err error) bool {
 	case codes.ResourceExhausted:
 		// Without space left etcd sometimes applies a write and then reports that it failed. An
 		// answer that is too large for the client belongs to a request that was carried out.
-		return !strings.HasPrefix(f.message, sendTooLarge)
+		return !isUnsendable(err)
 	}
 	return false
 }
 
-// isRequestTooLarge reports whether etcd or the client refused a request for its size. No sending
-// of it can be applied.
+// isRequestTooLarge reports whether a member, or the client, refused a request for its size.
+// Another member may have another limit.
 func isRequestTooLarge(err error) bool {
-	return errors.Is(rpctypes.Error(err), rpctypes.ErrRequestTooLarge) || strings.HasPrefix(statusOf(err).message, sendTooLarge)
+	return errors.Is(rpctypes.Error(err), rpctypes.ErrRequestTooLarge) || isUnsendable(err)
 }
+
+// isUnsendable reports whether the client's own limit refused a request: no sending of it can have
+// reached etcd.
+func isUnsendable(err error) bool { return strings.HasPrefix(statusOf(err).message, sendTooLarge) }
 
 const (
 	clientClosing = "grpc: the client connection is closing"
