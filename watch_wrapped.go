@@ -124,7 +124,7 @@ func (w *wrappedSource) failed(ctx context.Context, sub *watchSub, err error) {
 	case w.client.Ctx().Err() != nil:
 		w.park()
 		sub.user.refused(errClientClosed)
-	case isTooLarge(err) && sub.large: // in fragments too
+	case isTooLarge(err) && sub.large && !sub.forLock: // in fragments too
 		w.park()
 		sub.user.missed(err)
 	default:
