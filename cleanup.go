@@ -211,7 +211,7 @@ func (c *cleaner) finish(job *cleanup, again time.Duration, err error) {
 		job.failed++
 		again = reopenPolicy.backoff(job.failed)
 		if !IsTransient(err) && !isContextError(err) {
-			again = max(again, refusedMaxBackoff) // permissions come back
+			again = max(again, min(time.Second<<min(job.failed-1, 4), lateWindow/3)) // permissions come back
 		}
 	default:
 		job.failed = 0
