@@ -357,8 +357,9 @@ func (w *LogWriter[T]) readForResolve(ctx context.Context, r txnResult) (entry, 
 	return entry, key, err
 }
 
-// ruleOut makes sure that no sending is applied any more: an empty Commit changes the lock's key,
-// or the key is gone. The end of the lock is not enough: its key may still be there.
+// ruleOut makes sure that no sending is applied any more. Each sending compares the lock's key. So
+// either an empty Commit has changed that key since, or it is gone. That the lock has ended proves
+// nothing: its key may still be there.
 func (w *LogWriter[T]) ruleOut(ctx context.Context) error {
 	_, err := w.lock.fence.commit(ctx, &w.config, nil, nil)
 	if err == nil {
