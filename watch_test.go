@@ -8,6 +8,7 @@ import (
 	"maps"
 	"net/http"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -1585,4 +1586,22 @@ func TestWatchThroughAWrappedClientWithASmallReceiveLimit(t *testing.T) {
 			}
 		})
 	}
+}
+
+type exitingCodec struct{ Codec }
+
+func (exitingCodec) Unmarshal([]byte, any) error {
+	runtime.Goexit()
+	return nil
+}
+
+func TestWatchWhoseCodecEndsTheGoroutineSaysSo(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	w, err := Watch[string](t.Context(), client, nameOf(t), WithCodec(exitingCodec{Raw}))
+	require.NoError(t, err)
+	mustPut(t, client, nameOf(t), "")
+	_, cause := ends(t, w)
+	require.ErrorIs(t, cause, errCodecExited)
+	require.ErrorIs(t, w.Close(), errCodecExited)
 }
