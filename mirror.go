@@ -61,9 +61,9 @@ const (
 // again within 2 s of etcd's return, unless the list takes longer, or [WithRetryPolicy] sets a Max
 // above 500 ms, which is the default here.
 //
-// The keys need about the memory of a Go map of the decoded values. A mirror runs three goroutines,
-// that of its [Watcher] included, whatever the number of keys. It sends one small read a second, by
-// which [Mirror.AsOf] moves, and while other keys are written one request for progress.
+// The keys need about the memory of a Go map of the decoded values. A mirror runs two goroutines,
+// whatever the number of keys. It sends one small read a second, by which [Mirror.AsOf] moves, and
+// while other keys are written one request for progress.
 //
 // Values are decoded by the codec of [WithCodec]. [WithRevision] and [WithPrev] are refused.
 // [WithSnapshot] changes nothing.

@@ -749,7 +749,7 @@ func TestMirrorNeedsFewGoroutinesAndLeavesNone(t *testing.T) {
 	for range 20 {
 		mirrors = append(mirrors, mustMirror[int](t, client, prefix, WithPrefix()))
 	}
-	eventually(t, func() bool { return runtime.NumGoroutine() < before+3*len(mirrors)+len(mirrors)-1 }, "three goroutines a mirror, beside those of the condition")
+	eventually(t, func() bool { return runtime.NumGoroutine() < before+2*len(mirrors)+len(mirrors)-1 }, "two goroutines a mirror, beside those of the condition")
 	for _, m := range append(mirrors, first) {
 		require.NoError(t, m.Close())
 	}

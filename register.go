@@ -59,8 +59,7 @@ const (
 // TTL has passed.
 //
 // The options are [WithTTL] (default [DefaultTTL]), [WithKeepAliveInterval], [WithExpiryMargin],
-// [WithCodec], and every [Option]. A registration runs two goroutines, that of its [Watcher]
-// included.
+// [WithCodec], and every [Option]. A registration runs one goroutine.
 //
 // Errors:
 //   - An error that names the argument if key is empty, v cannot be encoded, or an option is

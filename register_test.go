@@ -627,7 +627,7 @@ func TestRegistrationNeedsFewGoroutinesAndLeavesNone(t *testing.T) {
 	for i := range 20 {
 		registrations = append(registrations, mustRegister(t, client, key+strconv.Itoa(i), "1"))
 	}
-	eventually(t, func() bool { return runtime.NumGoroutine() < before+2*len(registrations)+5 }, "two goroutines a registration, beside those of the condition")
+	eventually(t, func() bool { return runtime.NumGoroutine() < before+len(registrations)+5 }, "one goroutine a registration, beside those of the condition")
 	for _, r := range append(registrations, first) {
 		require.NoError(t, r.Close())
 	}

@@ -245,9 +245,7 @@ func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode
 	if c.head != nil {
 		from = c.headFrom
 	}
-	w.queue.begin(from)
-	w.last = from
-	go w.deliver() // until the context ends, or the reflector's end is delivered
+	w.start(from)
 	return w, nil
 }
 
@@ -255,21 +253,28 @@ func newWatcherOf[T any](ctx context.Context, key string, c *watchConfig, decode
 // run returns when its context ends, or after it has pushed an end.
 func newFedWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error), run func(ctx context.Context, q *queue)) *Watcher[T] {
 	w := makeWatcher(ctx, decode)
+	w.start(0)
 	w.feeding.Go(func() { run(w.ctx, w.queue) })
-	go w.deliver() // until the context ends, or the end is delivered
 	return w
 }
 
 func makeWatcher[T any](ctx context.Context, decode func(kv *mvccpb.KeyValue) (T, error)) *Watcher[T] {
 	w := &Watcher[T]{
-		queue:    newQueue(),
 		decode:   decode,
 		events:   make(chan Event[T]),
 		revision: make(chan Revision),
 		stopped:  make(chan struct{}),
 	}
+	w.queue = newQueue(w.deliver)
 	w.init(ctx)
 	return w
+}
+
+// start begins to deliver. Everything up to from counts as received.
+func (w *Watcher[T]) start(from Revision) {
+	w.last = from
+	w.queue.begin(from)
+	context.AfterFunc(w.ctx, w.queue.finish)
 }
 
 // Events returns the channel of the events. It is closed when the watcher has ended: at once if the
@@ -281,24 +286,20 @@ func (w *Watcher[T]) Events() <-chan Event[T] { return w.events }
 // which repeats the events of a transaction that was not received to its end. R grows even if
 // nothing changes. With a snapshot it is 0 before the first EventSynced.
 func (w *Watcher[T]) Revision() Revision {
-	queue := w.queue
 	for {
-		if rev, settled := queue.settled(); settled {
+		rev, unsettled := w.queue.settled()
+		if unsettled == nil {
 			return rev
 		}
 		select {
 		case rev := <-w.revision:
-			if rev != lookAgain {
-				return rev
-			}
+			return rev
+		case <-unsettled:
 		case <-w.stopped:
 			return w.last
 		}
 	}
 }
-
-// lookAgain is offered as the revision when everything was received.
-const lookAgain = -1
 
 // Close ends the watcher with ErrClosed, and waits for what it has started, for at most 5 s. It
 // returns nil, or the cause if the watcher had ended before by itself. So do further calls.
@@ -326,12 +327,16 @@ func (w *Watcher[T]) hasStopped() bool {
 	}
 }
 
-// deliver sends to Events what the reflector has queued, from revision w.last on. While it waits it
-// needs little of its stack, which is most of what an idle watcher costs.
+// deliver sends to Events what is queued, from revision w.last on. It runs only while something is:
+// the stack of its goroutine would be most of what an idle watcher costs.
 func (w *Watcher[T]) deliver() {
-	defer w.end()
-	for w.deliverQueued() && w.awaitQueued() {
-	}
+	idle := false
+	defer func() {
+		if !idle {
+			w.end()
+		}
+	}()
+	idle = w.deliverQueued()
 }
 
 // errCodecExited is the cause of a watcher whose codec has called runtime.Goexit, as t.FailNow
@@ -339,38 +344,29 @@ func (w *Watcher[T]) deliver() {
 var errCodecExited = errors.New("etcdutil: the codec ended its goroutine")
 
 func (w *Watcher[T]) end() {
+	if w.ctx.Err() == nil {
+		w.shutdown(errCodecExited)
+	}
 	if w.reflector != nil {
 		w.reflector.close()
 	}
 	w.last = w.queue.end(w.last)
-	if w.ctx.Err() == nil {
-		w.shutdown(errCodecExited)
-	}
 	close(w.stopped)
 	close(w.events)
 }
 
-func (w *Watcher[T]) awaitQueued() bool {
-	select {
-	case <-w.queue.filled:
-	case w.revision <- lookAgain:
-	case <-w.ctx.Done():
-		return false
-	}
-	return true
-}
-
-// deliverQueued delivers what is queued. It waits only for the reader and for the codec, so that it
-// always has the exact revision. It returns false when the watcher has ended.
-func (w *Watcher[T]) deliverQueued() bool {
+// deliverQueued delivers until nothing is queued, and returns true then. It waits only for the
+// reader and for the codec, so that it always has the exact revision. It returns false when the
+// watcher has ended.
+func (w *Watcher[T]) deliverQueued() (idle bool) {
 	for {
 		batch, upTo, wasFull := w.queue.take(w.last)
+		if len(batch) == 0 {
+			return true // w.last may be another goroutine's now
+		}
 		w.last = upTo
 		if wasFull && w.reflector != nil {
 			w.reflector.drained()
-		}
-		if len(batch) == 0 {
-			return true
 		}
 		if !w.deliverBatch(batch) {
 			return false
@@ -382,7 +378,9 @@ func (w *Watcher[T]) deliverBatch(batch []change) bool {
 	for i, c := range batch {
 		batch[i] = change{} // received values are not kept
 		if c.end != nil {
-			w.shutdown(c.end)
+			if w.ctx.Err() == nil {
+				w.shutdown(c.end)
+			}
 			return false
 		}
 		if c.kind == 0 && w.queue.reports {
@@ -491,28 +489,44 @@ const maxBuffered = 4 << 20
 
 // queue is what is read ahead.
 type queue struct {
-	filled  chan struct{} // after a push
-	reports bool          // the watcher wants to get how far the watch has come
+	deliver func() // takes until nothing is queued
+	reports bool   // the watcher wants to get how far the watch has come
 
-	mu      sync.Mutex
-	taken   chan struct{} // closed by the next take; nil if nobody waits for it
-	changes []change
-	bytes   int
-	full    bool
-	upTo    Revision // when nothing is queued and inHand is false, everything up to here was received
-	inHand  bool     // what was taken may not have been received yet
-	held    bool     // the codec is at work, so that nothing is being received; upTo is exact
+	mu         sync.Mutex
+	delivering bool          // deliver runs, or it may not begin yet, or it has ended for good
+	taken      chan struct{} // closed by the next take; nil if nobody waits for it
+	changes    []change
+	bytes      int
+	full       bool
+	upTo       Revision // when nothing is queued and inHand is false, everything up to here was received
+	inHand     bool     // what was taken may not have been received yet
+	held       bool     // the codec is at work, so that nothing is being received; upTo is exact
 }
 
-func newQueue() *queue {
-	return &queue{filled: make(chan struct{}, 1)}
+// newQueue returns a queue that delivers nothing before begin.
+func newQueue(deliver func()) *queue {
+	return &queue{deliver: deliver, delivering: true}
 }
 
-// begin records where the watch begins.
+// begin records where the watch begins, and begins to deliver.
 func (q *queue) begin(upTo Revision) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.upTo = upTo
+	q.upTo, q.delivering = upTo, false
+	if len(q.changes) > 0 {
+		q.run()
+	}
+}
+
+// finish queues the end: the watcher's context has ended.
+func (q *queue) finish() { q.push(change{end: context.Canceled}) }
+
+// run has what is queued delivered. The caller holds the mutex.
+func (q *queue) run() {
+	if !q.delivering {
+		q.delivering = true
+		go q.deliver() // until nothing is queued, or the watcher has ended
+	}
 }
 
 // push reports whether there is room for more.
@@ -530,7 +544,7 @@ func (q *queue) push(changes ...change) (room bool) {
 		q.changes = append(q.changes, c)
 		q.bytes += c.size()
 	}
-	wake(q.filled)
+	q.run()
 	q.full = q.full || q.bytes >= maxBuffered
 	return !q.full
 }
@@ -545,7 +559,7 @@ func (q *queue) pass(upTo Revision) {
 		q.changes[last].upTo = max(q.changes[last].upTo, upTo)
 	case q.inHand || q.reports:
 		q.changes = append(q.changes, change{upTo: upTo})
-		wake(q.filled)
+		q.run()
 	default:
 		q.upTo = max(q.upTo, upTo)
 	}
@@ -560,11 +574,11 @@ func (q *queue) report(number int64, upTo Revision) {
 		return
 	}
 	q.changes = append(q.changes, change{kind: eventReport, upTo: upTo, asked: number})
-	wake(q.filled)
+	q.run()
 }
 
 // take takes what is queued, after everything up to rev was received. It returns up to where
-// everything was, and whether the queue was full.
+// everything was, and whether the queue was full. If nothing is queued, deliver has to return.
 func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -574,6 +588,7 @@ func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull boo
 	changes, wasFull = q.changes, q.full
 	q.changes, q.bytes, q.full = nil, 0, false
 	q.inHand = len(changes) > 0
+	q.delivering = q.inHand
 	if q.taken != nil {
 		close(q.taken)
 		q.taken = nil
@@ -581,11 +596,15 @@ func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull boo
 	return changes, q.upTo, wasFull
 }
 
-// settled returns up to where everything was received, if that is certain.
-func (q *queue) settled() (upTo Revision, ok bool) {
+// settled returns up to where everything was received, if that is certain. If not, it returns what
+// is closed by the next take.
+func (q *queue) settled() (upTo Revision, unsettled <-chan struct{}) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.upTo, q.held || !q.inHand && len(q.changes) == 0
+	if q.held || !q.inHand && len(q.changes) == 0 {
+		return q.upTo, nil
+	}
+	return 0, q.nextTake()
 }
 
 func (q *queue) decoding(rev Revision) {
@@ -626,7 +645,15 @@ func (q *queue) awaitRoom(ctx context.Context) {
 func (q *queue) untilTaken() <-chan struct{} {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if len(q.changes) > 0 && q.taken == nil {
+	if len(q.changes) == 0 {
+		return nil
+	}
+	return q.nextTake()
+}
+
+// nextTake returns what is closed by the next take. The caller holds the mutex.
+func (q *queue) nextTake() <-chan struct{} {
+	if q.taken == nil {
 		q.taken = make(chan struct{})
 	}
 	return q.taken

@@ -44,7 +44,7 @@ type record struct {
 
 func decodes[T any](t *testing.T, codec Codec, value, prev []byte) Event[T] {
 	t.Helper()
-	w := &Watcher[T]{codec: codec, queue: newQueue(), last: 6}
+	w := &Watcher[T]{codec: codec, queue: newQueue(nil), last: 6}
 	value, given := bytes.Clone(value), bytes.Clone(value)
 	kv := &mvccpb.KeyValue{Key: []byte("key"), Value: value, ModRevision: 7, Version: 3}
 	e := w.event(change{kind: EventPut, kv: kv, prev: &mvccpb.KeyValue{Key: []byte("key"), Value: prev}, upTo: 9})

@@ -1604,4 +1604,10 @@ func TestWatchWhoseCodecEndsTheGoroutineSaysSo(t *testing.T) {
 	_, cause := ends(t, w)
 	require.ErrorIs(t, cause, errCodecExited)
 	require.ErrorIs(t, w.Close(), errCodecExited)
+	for i := range 12 { // more than is read ahead
+		mustPut(t, client, fmt.Sprint(nameOf(t), i), strings.Repeat("x", 1<<20))
+	}
+	w = mustWatch[string](t, client, nameOf(t), WithPrefix(), WithSnapshot(), WithCodec(exitingCodec{Raw}))
+	_, cause = ends(t, w)
+	require.ErrorIs(t, cause, errCodecExited)
 }
