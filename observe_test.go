@@ -376,7 +376,7 @@ func TestObserverIsToldThatASlowReaderMakesAWatchListAgain(t *testing.T) {
 	sleep(t.Context(), slowReaderGrace+2*time.Second)
 	for next(t, w).Type != EventSynced {
 	}
-	eventually(t, func() bool { return len(resynced) == 1 }, "the Observer is called")
+	eventually(t, func() bool { return len(resynced) > 0 }, "the Observer is called")
 	require.Equal(t, nameOf(t), (<-resynced).Key)
 }
 
