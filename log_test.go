@@ -1323,7 +1323,8 @@ func TestClosedReadersAndWritersLeaveNothing(t *testing.T) {
 		unread := mustReader[string](t, client, nameOf(t), WithEveryEntry(0))
 		resources = append(resources, w, latest, every, unread)
 	}
-	require.Positive(t, goroutinesIn("v3rpc.(*serverWatchStream)"))
+	endpoint := cluster.Endpoints()[0]
+	require.Positive(t, serverWatches(t, endpoint))
 	for _, r := range resources {
 		require.NoError(t, r.Close())
 	}
@@ -1331,7 +1332,7 @@ func TestClosedReadersAndWritersLeaveNothing(t *testing.T) {
 		gone(t, function, "Close joins what a reader has started")
 	}
 	require.NoError(t, lock.Close())
-	eventually(t, func() bool { return goroutinesIn("v3rpc.(*serverWatchStream)") == 0 }, "no watch is left")
+	eventually(t, func() bool { return serverWatches(t, endpoint) == 0 }, "no watch is left")
 }
 
 func TestLogReaderOfVersion0ReadsEveryEntryOfALogThatIsNotCompacted(t *testing.T) {
