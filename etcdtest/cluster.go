@@ -30,6 +30,7 @@
 //   - A setting of [NewWith] is passed on as a flag, if etcd has one for it. A program
 //     without that flag ends at once, and New returns an error.
 //   - Isolate works on Linux only.
+//   - Leader, Restart and Restore need a cluster of [NewSecure] where authentication is on.
 //
 // # Links
 //

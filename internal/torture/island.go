@@ -13,7 +13,6 @@ import (
 	"example.com/etcdutil"
 	"example.com/etcdutil/etcdtest"
 	clientv3 "go.etcd.io/etcd/client/v3"
-	"go.etcd.io/etcd/server/v3/embed"
 )
 
 // The island is an etcd of one member with clients of its own. It asks for passwords, its operator
@@ -85,10 +84,11 @@ func newIsland(t *torture) (_ *island, err error) {
 			i.close()
 		}
 	}()
-	if i.cluster, err = etcdtest.NewWith(1, func(c *embed.Config) { c.BcryptCost = 4 }); err != nil {
-		return nil, err
-	}
-	if err = i.enableAuth(); err != nil {
+	// The user's permission comes and goes.
+	if i.cluster, err = etcdtest.NewSecure(1, etcdtest.Security{Users: []etcdtest.User{
+		{Name: "root", Password: islandPassword},
+		{Name: islandUser, Password: islandPassword, Permissions: []etcdtest.Permission{{Type: clientv3.PermReadWrite, Prefix: true}}},
+	}}); err != nil {
 		return nil, fmt.Errorf("island: %w", err)
 	}
 	if i.root, err = connect(clientConfig(i.cluster.Endpoints()), "root"); err != nil {
@@ -112,28 +112,6 @@ func newIsland(t *torture) (_ *island, err error) {
 func connect(c clientv3.Config, user string) (*clientv3.Client, error) {
 	c.Username, c.Password = user, islandPassword
 	return clientv3.New(c)
-}
-
-// enableAuth makes root, who may do anything, and a user, whose permission comes and goes.
-func (i *island) enableAuth() error {
-	client, err := newClient(i.cluster.Endpoints())
-	if err != nil {
-		return err
-	}
-	defer client.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	for _, name := range []string{"root", islandUser} {
-		_, addUser := client.UserAdd(ctx, name, islandPassword)
-		_, addRole := client.RoleAdd(ctx, name)
-		_, grant := client.UserGrantRole(ctx, name, name)
-		if err := errors.Join(addUser, addRole, grant); err != nil {
-			return err
-		}
-	}
-	_, permit := client.RoleGrantPermission(ctx, islandUser, everything.Key, everything.End, clientv3.PermissionType(clientv3.PermReadWrite))
-	_, enable := client.AuthEnable(ctx)
-	return errors.Join(permit, enable)
 }
 
 // everything is the range of all keys.
