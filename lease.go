@@ -685,6 +685,9 @@ type keySlot struct {
 	until   time.Time                       // by when that has arrived
 }
 
+// slotInUse is the slot of every key that is in use.
+var slotInUse keySlot
+
 // reserve returns a key that is free.
 func (s *keySlots) reserve(name string, id clientv3.LeaseID, ownClient bool) string {
 	s.mu.Lock()
@@ -698,7 +701,7 @@ func (s *keySlots) reserve(name string, id clientv3.LeaseID, ownClient bool) str
 	if s.slots[key] != nil || s.foreign { // another client's namespace may make two keys one
 		key = slotKey(name, id, s.count+keysPerName) // which was never used before
 	}
-	s.slots[key] = &keySlot{}
+	s.slots[key] = &slotInUse
 	return key
 }
 

@@ -70,18 +70,18 @@ const (
 type watchSub struct {
 	user        watchUser
 	key, end    string
-	prevKV      bool
-	onlyDeletes bool
 	guards      func() []clientv3.Cmp // of a lock's key: compare whether it is there
 	forLock     bool                  // it is on the stream for locks' keys, and always from now on
+	prevKV      bool
+	onlyDeletes bool
 
 	// The source's mutex guards the rest.
 	next    Revision // the first revision that was not delivered; 0: from now on
 	from    Revision // the first revision that is wanted
 	known   Revision // etcd is known to have come so far
-	settled bool     // it has been on the live stream
 	checkAt int64    // how many streams had been opened when the history was last checked
 	epoch   int      // counts changes of state: what was begun before is void
+	settled bool     // it has been on the live stream
 	stopped bool
 	behind  bool // its reader was: it gets a stream of its own
 	paused  bool // it is parked until its reader has room, and for no other reason
@@ -129,9 +129,12 @@ type registration struct {
 	rest      []*mvccpb.Event // of a revision that goes on in the next fragment
 	asked     int             // requests for progress that were sent before this one
 	stale     int             // answers about progress that may be older than the creation
+	look      *proxyLook      // behind etcd's gRPC proxy
+}
 
-	// Behind etcd's gRPC proxy:
-	lookedAt    time.Time // when the watched keys were last read
+// A proxyLook is what was seen of a watch's keys behind etcd's gRPC proxy.
+type proxyLook struct {
+	at          time.Time // when the keys were last read
 	unchangedAt Revision  // they were unchanged at this revision; 0 if they were not
 	changed     bool      // they were not what they had been
 }
@@ -986,21 +989,22 @@ func (s *watchStream) askProgress(now time.Time) {
 // read, on a live stream that answers.
 func (s *watchStream) lookForProgress(now time.Time) {
 	for _, r := range slices.Collect(maps.Values(s.byID)) {
-		if now.Sub(r.lookedAt) < proxyInterval || r.sub.current != r {
+		last := or(r.look, proxyLook{})
+		if now.Sub(last.at) < proxyInterval || r.sub.current != r {
 			continue
 		}
-		quiet := r.lastEvent.Before(r.lookedAt) && s.answers() && s.kind == liveStream
+		quiet := r.lastEvent.Before(last.at) && s.answers() && s.kind == liveStream
 		switch sub := r.sub; {
-		case quiet && r.unchangedAt >= sub.next:
-			sub.next = r.unchangedAt + 1
-			sub.user.deliver(nil, r.unchangedAt)
-		case quiet && r.changed:
+		case quiet && last.unchangedAt >= sub.next:
+			sub.next = last.unchangedAt + 1
+			sub.user.deliver(nil, last.unchangedAt)
+		case quiet && last.changed:
 			sub.checkAt = 0
 			s.hub.park(sub)
 			s.hub.place(sub)
 			continue
 		}
-		r.lookedAt, r.unchangedAt, r.changed = now, 0, false
+		r.look = &proxyLook{at: now}
 		s.lookAt(r)
 	}
 }
@@ -1020,9 +1024,9 @@ func (s *watchStream) lookAt(r *registration) {
 				switch {
 				case err != nil:
 				case r.sub.user.unchanged(read, resp):
-					r.unchangedAt = resp.Header.Revision
+					r.look.unchangedAt = resp.Header.Revision
 				default:
-					r.changed = true
+					r.look.changed = true
 				}
 			})
 		},
