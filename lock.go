@@ -437,11 +437,11 @@ func (l *Lock) watchKey() {
 	if l.stopCtx.Err() != nil {
 		return
 	}
-	l.unwatch = l.queue.watchOwnKey(func(err error) {
+	l.unwatch = l.queue.watchOwnKey(func(refusals int, err error) {
 		switch {
 		case l.stopCtx.Err() != nil:
 		case err != nil: // a permission may come back
-			l.config.reporter.lockWatchFailing(l.Name(), err)
+			l.config.reporter.lockWatchFailing(l.Name(), refusals, err)
 		default:
 			_ = l.keyDeleted()
 		}

@@ -381,7 +381,7 @@ const keyWatchDelay = 100 * time.Millisecond
 // again. The own key is watched only after a while, because most waits are short.
 func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValue) error {
 	gone := make(chan error, 1)
-	report := func(err error) {
+	report := func(_ int, err error) {
 		select {
 		case gone <- err:
 		default: // it was reported before
@@ -394,11 +394,11 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 	for {
 		select {
 		case <-delay.C:
-			defer c.watchOwnKey(func(err error) {
+			defer c.watchOwnKey(func(refusals int, err error) {
 				if err == nil {
 					err = errKeyGone
 				}
-				report(err)
+				report(refusals, err)
 			})()
 		case err := <-gone:
 			return err
@@ -409,7 +409,7 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 }
 
 // watchOwnKey calls gone, in a goroutine, when the own key is gone, or with an error when etcd
-// refuses to say. It goes on until stop is called.
-func (c *contender) watchOwnKey(gone func(err error)) (stop func()) {
+// refuses to say; see watchDeleted. It goes on until stop is called.
+func (c *contender) watchOwnKey(gone func(refusals int, err error)) (stop func()) {
 	return watchDeleted(c.config, c.key, c.token, c.exists, gone)
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -13,6 +14,7 @@ import (
 
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -317,4 +319,53 @@ func TestHeldLockIsWatchedAgainAfterARefusal(t *testing.T) {
 	mustDelete(t, direct, lock.Key())
 	within(t, 10*time.Second, lock.Done(), "it is notified")
 	require.ErrorIs(t, context.Cause(lock), ErrLockLost)
+}
+
+func TestLockLogsOncePerOutageThatItsKeyCannotBeWatched(t *testing.T) {
+	t.Parallel()
+	cluster, root := authCluster(t, 300)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client, ctx := userClient(t, "user", nil, link.Endpoint()), t.Context()
+	logger, lines := recordingLogger()
+	var r recorder
+	lock := mustAcquire(t, client, "allowed/l", WithTTL(time.Minute), WithLogger(logger), WithObserver(r.observer()))
+	attempts := func() (all, firsts int) {
+		for _, e := range r.all("retrying") {
+			switch e := e.event.(RetryEvent); {
+			case e.Op != "watch the lock's key":
+				continue
+			case e.Attempt == 1:
+				firsts++
+			}
+			all++
+		}
+		return all, firsts
+	}
+	for outage := range 2 {
+		eventually(t, func() bool { return watchStands(client) }, "its key is watched")
+		before, _ := attempts()
+		_, err := root.RoleRevokePermission(ctx, "user", "allowed/", "allowed0")
+		require.NoError(t, err)
+		link.Reset()
+		eventually(t, func() bool { all, _ := attempts(); return all >= before+3 }, "it is tried again and again")
+		_, firsts := attempts()
+		require.Equal(t, outage+1, firsts)
+		logged := slices.DeleteFunc(lines(), func(line string) bool { return line != "etcdutil: lock's key cannot be watched" })
+		require.Len(t, logged, outage+1)
+		_, err = root.RoleGrantPermission(ctx, "user", "allowed/", "allowed0", clientv3.PermissionType(clientv3.PermReadWrite))
+		require.NoError(t, err)
+	}
+	eventually(t, func() bool { return watchStands(client) }, "its key is watched again")
+	require.NoError(t, lock.Err())
+}
+
+// watchStands reports whether the only watch of a client, that of a lock's key, stands and was not
+// refused since.
+func watchStands(client *clientv3.Client) bool {
+	h := hubRef{client}.lock()
+	defer h.mu.Unlock()
+	for sub := range h.subs {
+		return sub.current != nil && sub.current.created && sub.user.(*keyWatch).refusals == 0
+	}
+	return false
 }

@@ -216,14 +216,17 @@ func (r *reporter) lockLost(e LockEvent) {
 	})
 }
 
-// lockWatchFailing reports that a lock's own key cannot be watched for now.
-func (r *reporter) lockWatchFailing(name string, err error) {
+// lockWatchFailing reports that a lock's own key cannot be watched for now. It logs the first
+// attempt.
+func (r *reporter) lockWatchFailing(name string, attempt int, err error) {
 	if r == nil {
 		return
 	}
 	r.submit(func() {
-		r.log(slog.LevelWarn, "lock's key cannot be watched", "name", name, "error", err)
-		call(r.observer.Retrying, RetryEvent{Op: "watch the lock's key", Attempt: 1, Err: err})
+		if attempt == 1 {
+			r.log(slog.LevelWarn, "lock's key cannot be watched", "name", name, "error", err)
+		}
+		call(r.observer.Retrying, RetryEvent{Op: "watch the lock's key", Attempt: attempt, Err: err})
 	})
 }
 

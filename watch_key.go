@@ -11,9 +11,10 @@ import (
 // The watch is from now on. When it stands the guards are checked once, and so they are after each
 // reconnection, because etcd may have been restored. Nothing is read while nothing happens.
 //
-// If etcd refuses the watch or the read, gone is called with the error. The watch is tried again
-// all the same, until stop is called. A call to gone may still be under way then.
-func watchDeleted(c *config, key string, created Revision, guards func() []clientv3.Cmp, gone func(err error)) (stop func()) {
+// If etcd refuses the watch or the read, gone is called with the error, and with how often that was
+// so since the watch last stood. The watch is tried again all the same, until stop is called. A
+// call to gone may still be under way then.
+func watchDeleted(c *config, key string, created Revision, guards func() []clientv3.Cmp, gone func(refusals int, err error)) (stop func()) {
 	k := &keyWatch{source: sourceOf(c), createdRev: created, gone: gone}
 	k.sub = watchSub{user: k, key: key, onlyDeletes: true, forLock: true, guards: guards}
 	k.source.start(&k.sub)
@@ -25,7 +26,8 @@ type keyWatch struct {
 	source     watchSource
 	sub        watchSub
 	createdRev Revision
-	gone       func(err error)
+	gone       func(refusals int, err error)
+	refusals   int // in a row
 }
 
 func (k *keyWatch) stop() { k.source.stop(&k.sub) }
@@ -35,11 +37,12 @@ func (k *keyWatch) history(Revision) stateRead { return stateRead{} }
 func (k *keyWatch) checked(_ stateRead, resp *clientv3.TxnResponse, err error) historyVerdict {
 	switch {
 	case err != nil:
-		go k.gone(err)
+		k.refused(err)
 		return checkAgain
 	case !resp.Succeeded:
-		go k.gone(nil)
+		go k.gone(0, nil)
 	}
+	k.refusals = 0 // the watch stood before it was checked
 	return resumeWatch
 }
 
@@ -52,7 +55,7 @@ func (k *keyWatch) created(Revision) {}
 func (k *keyWatch) deliver(events []*mvccpb.Event, _ Revision) (room bool) {
 	for _, e := range events {
 		if e.Kv.ModRevision > k.createdRev { // a member that lags may send the end of an earlier one
-			go k.gone(nil)
+			go k.gone(0, nil)
 		}
 	}
 	return true
@@ -62,4 +65,7 @@ func (k *keyWatch) missed(error) {}
 
 func (k *keyWatch) failed(error) {}
 
-func (k *keyWatch) refused(err error) { go k.gone(err) }
+func (k *keyWatch) refused(err error) {
+	k.refusals++
+	go k.gone(k.refusals, err)
+}
