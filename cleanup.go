@@ -282,35 +282,55 @@ func revokeInBackground(ctx context.Context, c *config, id clientv3.LeaseID, ttl
 	job.runInBackground()
 }
 
-// removeKeys deletes the keys that are attached to the lease. A delete is guarded by the key's
-// create revision: if it arrives late it deletes no key that was created since.
-func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string) error {
+// removeKeys deletes the keys that are attached to the lease: many at once, and each by itself where
+// that is refused. It adds to refused those that etcd refuses to delete, and leaves out those that
+// are there.
+func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string, refused map[string]error) error {
+	keys = slices.DeleteFunc(keys, func(key string) bool { return refused[key] != nil })
 	for batch := range slices.Chunk(keys, 64) {
-		var gets, deletes []clientv3.Op
-		for _, key := range batch {
-			gets = append(gets, clientv3.OpGet(key, clientv3.WithKeysOnly())) // without the lease, in etcd 3.7
-		}
-		resp, err := client.Txn(ctx).Then(gets...).Commit()
-		if err != nil {
+		err := removeAtOnce(ctx, client, id, batch)
+		switch {
+		case err == nil:
+		case isContextError(err) || IsTransient(err): // the others would fare no better
 			return err
-		}
-		for i, r := range resp.Responses {
-			for _, kv := range r.GetResponseRange().Kvs {
-				unchanged := []clientv3.Cmp{
-					clientv3.Compare(clientv3.CreateRevision(batch[i]), "=", kv.CreateRevision),
-					clientv3.Compare(clientv3.LeaseValue(batch[i]), "=", id), // else somebody else has written it
+		case len(keys) == 1:
+			refused[keys[0]] = err
+		default:
+			for one := range slices.Chunk(batch, 1) {
+				if err := removeKeys(ctx, client, id, one, refused); err != nil {
+					return err
 				}
-				deletes = append(deletes, clientv3.OpTxn(unchanged, []clientv3.Op{clientv3.OpDelete(batch[i])}, nil))
 			}
-		}
-		if len(deletes) == 0 {
-			continue
-		}
-		if _, err := client.Txn(ctx).Then(deletes...).Commit(); err != nil {
-			return err
 		}
 	}
 	return nil
+}
+
+// removeAtOnce deletes keys that are attached to the lease. A delete is guarded by the key's create
+// revision: if it arrives late it deletes no key that was created since.
+func removeAtOnce(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string) error {
+	var gets, deletes []clientv3.Op
+	for _, key := range keys {
+		gets = append(gets, clientv3.OpGet(key, clientv3.WithKeysOnly())) // without the lease, in etcd 3.7
+	}
+	resp, err := client.Txn(ctx).Then(gets...).Commit()
+	if err != nil {
+		return err
+	}
+	for i, r := range resp.Responses {
+		for _, kv := range r.GetResponseRange().Kvs {
+			unchanged := []clientv3.Cmp{
+				clientv3.Compare(clientv3.CreateRevision(keys[i]), "=", kv.CreateRevision),
+				clientv3.Compare(clientv3.LeaseValue(keys[i]), "=", id), // else somebody else has written it
+			}
+			deletes = append(deletes, clientv3.OpTxn(unchanged, []clientv3.Op{clientv3.OpDelete(keys[i])}, nil))
+		}
+	}
+	if len(deletes) == 0 {
+		return nil
+	}
+	_, err = client.Txn(ctx).Then(deletes...).Commit()
+	return err
 }
 
 // inBackground runs f and waits for it only as long as it takes when etcd can be reached. What a

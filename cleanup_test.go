@@ -141,6 +141,43 @@ func TestCleanupOfADiscardedKeyEndsThoughTheLeasesKeysCannotBeListed(t *testing.
 	eventually(t, func() bool { return lease.slots.len() == 0 }, "it is free when it is settled")
 }
 
+func TestCleanupOfADiscardedKeyEndsThoughAnotherMayNotBeDeleted(t *testing.T) {
+	t.Parallel()
+	cluster, root := authCluster(t, 300)
+	_, err := root.RoleGrantPermission(t.Context(), "user", "read/", "read0", clientv3.PermissionType(clientv3.PermRead))
+	require.NoError(t, err)
+	client := userClient(t, "user", nil, cluster.Endpoints()...)
+	remove := func(key string) func(ctx context.Context) error {
+		return func(ctx context.Context) error { _, err := client.Delete(ctx, key); return err }
+	}
+	for name, discardOther := range map[string]func(lease *Lease){
+		"discarded": func(lease *Lease) {
+			key := lease.reserveKey("denied", client)
+			lease.discardKey(key, false, remove(key))
+		},
+		"brought back": func(lease *Lease) {
+			_, err := root.Put(t.Context(), slotKey("read/l", lease.ID(), 1), "", clientv3.WithLease(lease.ID()))
+			require.NoError(t, err)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lease := mustLease(t, client, time.Minute)
+			key := lease.reserveKey("allowed/l", client)
+			discardOther(lease)
+			lease.discardKey(key, true, remove(key))
+			for range 2 { // which arrives late
+				_, err := root.Put(t.Context(), key, "", clientv3.WithLease(lease.ID()))
+				require.NoError(t, err)
+				waiters(t, root, "allowed/l", 0)
+			}
+			lease.slots.mu.Lock()
+			lease.slots.slots[key].until = time.Now()
+			lease.slots.mu.Unlock()
+			eventually(t, func() bool { return lease.slots.len() == 1 }, "it is free when it is settled, and the other is not")
+		})
+	}
+}
+
 // A request may arrive at any time later, and a restored backup may have the key of a lock that was
 // closed since.
 func TestCleanupOfKeysThatNoLockUsesComesWithTheRenewals(t *testing.T) {

@@ -439,10 +439,12 @@ func (l *Lease) discardKey(key string, late bool, remove func(ctx context.Contex
 }
 
 // sweepKeys removes the keys on the lease that no lock uses: those that were discarded, and those
-// that a lost request or a restored backup has brought back. It returns when to do so again.
+// that a lost request or a restored backup has brought back. It returns when to do so again. A key
+// that etcd refuses to delete does not keep the others.
 func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) {
 	began := time.Now()
-	if err := l.slots.removeDiscarded(ctx); err != nil {
+	refused := make(map[string]error)
+	if err := l.slots.removeDiscarded(ctx, refused); err != nil {
 		return 0, err
 	}
 	if l.slots.mustList() {
@@ -457,12 +459,16 @@ func (l *Lease) sweepKeys(ctx context.Context) (again time.Duration, err error) 
 			return 0, nil
 		default:
 			l.slots.setDenied(false)
-			if err := removeKeys(ctx, l.config.client, l.id, l.slots.claimUnused(resp.Keys, l.id)); err != nil {
+			if err := removeKeys(ctx, l.config.client, l.id, l.slots.claimUnused(resp.Keys, l.id), refused); err != nil {
 				return 0, err
 			}
 		}
 	}
-	return l.slots.settle(began), nil
+	again = l.slots.settle(began, refused)
+	for _, err := range refused {
+		return 0, err
+	}
+	return again, nil
 }
 
 // check asks etcd in the background for the lease and its keys: a key of its locks is gone.
@@ -724,8 +730,8 @@ func (s *keySlots) discard(key string, late bool, remove func(ctx context.Contex
 }
 
 // removeDiscarded removes each discarded key once. Later a list shows whether it is back, if there
-// can be one.
-func (s *keySlots) removeDiscarded(ctx context.Context) (err error) {
+// can be one. It adds to refused the keys that etcd refuses to delete.
+func (s *keySlots) removeDiscarded(ctx context.Context, refused map[string]error) error {
 	for key, slot := range s.toRemove() {
 		failed := slot.remove(ctx)
 		if isContextError(failed) || IsTransient(failed) { // the others would fare no better
@@ -733,12 +739,12 @@ func (s *keySlots) removeDiscarded(ctx context.Context) (err error) {
 			return failed
 		}
 		if failed != nil {
-			err = failed
+			refused[key] = failed
 			continue
 		}
 		s.setRemoved(key, slot)
 	}
-	return err
+	return nil
 }
 
 func (s *keySlots) toRemove() map[string]*keySlot {
@@ -837,15 +843,15 @@ func (s *keySlots) handedOut(key string, id clientv3.LeaseID) bool {
 	return err == nil && nonce <= s.count+keysPerName && key == slotKey(key[:i], id, nonce)
 }
 
-// settle frees the discarded keys if the sweep began when everything had arrived that wrote them.
-// It returns when to sweep again for the others.
-func (s *keySlots) settle(began time.Time) (again time.Duration) {
+// settle frees the discarded keys if the sweep began when everything had arrived that wrote them,
+// except those that etcd refused to delete. It returns when to sweep again for the others.
+func (s *keySlots) settle(began time.Time, refused map[string]error) (again time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for key, slot := range s.slots {
 		switch {
 		case slot.remove == nil:
-		case slot.removed && slot.until.Before(began):
+		case slot.removed && slot.until.Before(began) && refused[key] == nil:
 			delete(s.slots, key)
 		default:
 			again = s.pause
