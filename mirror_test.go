@@ -17,8 +17,12 @@ import (
 	"example.com/etcdutil/etcdtest"
 	"example.com/etcdutil/internal/testclock"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func mustMirror[T any](t testing.TB, client *clientv3.Client, key string, opts ...WatchOption) *Mirror[T] {
@@ -715,6 +719,33 @@ func TestMirrorGivesUpAsItsPolicySaysUntilItIsComplete(t *testing.T) {
 	time.Sleep(2 * policy.Elapsed)
 	link.Heal()
 	mustWait(t, m, mustPut(t, newClient(t, testCluster.Endpoints()...), nameOf(t), "1"))
+}
+
+// The first page has two keys.
+func TestMirrorGivesUpAfterTheAttemptsOfItsPolicyThoughTheFirstPageWasAnswered(t *testing.T) {
+	t.Parallel()
+	var failures atomic.Int32
+	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		if r, ok := req.(*etcdserverpb.RangeRequest); ok && r.Revision != 0 && failures.Add(-1) >= 0 {
+			return status.Error(codes.Internal, "away") // which clientv3 does not repeat by itself
+		}
+		return invoker(ctx, method, req, reply, cc, opts...)
+	})
+	for i := range 3 {
+		mustPut(t, client, fmt.Sprint(nameOf(t), i), "1")
+	}
+	policy := WithRetryPolicy(RetryPolicy{Attempts: 3, Elapsed: -1})
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	failures.Store(3)
+	_, err := NewMirror[string](ctx, client, nameOf(t), WithPrefix(), WithCodec(Raw), policy)
+	require.ErrorContains(t, err, "gave up after 3 attempts")
+	require.ErrorContains(t, err, "away")
+	require.Equal(t, 1, strings.Count(err.Error(), "etcdutil: "))
+
+	failures.Store(2)
+	m := mustMirror[string](t, client, nameOf(t), WithPrefix(), WithCodec(Raw), policy)
+	require.Equal(t, 3, m.Len())
 }
 
 func TestMirrorEndsWithItsParentAndWithItsClient(t *testing.T) {

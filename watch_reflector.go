@@ -37,6 +37,7 @@ type reflector struct {
 	start    Revision  // the last revision before the watch
 	sent     *snapshot // nil without a snapshot
 	standing bool
+	listed   bool // once
 	past     past
 	atNext   bool // the past can only be checked at the next revision
 	attempts int  // failed in a row
@@ -663,7 +664,17 @@ func (r *reflector) listOnce(strict bool) (next Revision, err error) {
 		return 0, err
 	}
 	r.queue.push(append(r.sent.deletions(rev), change{kind: EventSynced, upTo: rev})...)
+	r.listed = true
 	return rev + 1, nil
+}
+
+// listAttempts limits the attempts at a page of the list that NewMirror waits for. 0 means no
+// limit.
+func (r *reflector) listAttempts() int {
+	if r.relists && !r.listed {
+		return r.retry.Attempts
+	}
+	return 0
 }
 
 // maxVerified is up to how many keys the pages of a list are verified: the keys come in one answer,
@@ -677,7 +688,8 @@ func (r *reflector) verifyListed(rev Revision, listed *keyHash) error {
 		return nil
 	}
 	op := r.watched(r.key, clientv3.WithRev(rev), clientv3.WithKeysOnly())
-	resp, err := retry(r.ctx, &r.config, RetryPolicy{Elapsed: -1}, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
+	policy := RetryPolicy{Attempts: r.listAttempts(), Elapsed: -1}
+	resp, err := retry(r.ctx, &r.config, policy, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
 		resp, err := r.client.Do(ctx, op)
 		return resp.Get(), err
 	})
@@ -748,6 +760,7 @@ func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeRespo
 			return nil, errClientClosed
 		case isTooLarge(err) && *limit > 1:
 			*limit = max(*limit/4, 1)
+			failed--
 			continue
 		case timedOut:
 			*limit = max(*limit/4, 1)
@@ -756,6 +769,9 @@ func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeRespo
 			return nil, err
 		}
 		err = withConnectionError(r.client, err)
+		if failed == r.listAttempts() {
+			return nil, attemptsExhausted(failed, r.began, err)
+		}
 		r.source.locked(func() { r.lastErr = err })
 		r.reporter.watchStalled(r.key, failed, err)
 		sleep(r.ctx, RetryPolicy{}.withDefaults().backoff(failed))
