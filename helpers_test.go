@@ -2,6 +2,7 @@ package etcdutil
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"runtime"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -32,6 +34,18 @@ func linkedLocker(t *testing.T, shared bool) (*clientv3.Client, *etcdtest.Link, 
 		return client, link, []LockOption{WithTTL(time.Minute)}
 	}
 	return client, link, []LockOption{WithLease(mustLease(t, client, time.Minute))}
+}
+
+// removeMember removes a member from its cluster. Its process still answers.
+func removeMember(t *testing.T, cluster *etcdtest.Cluster, member int) {
+	t.Helper()
+	client := newClient(t, cluster.Endpoints()[cluster.Leader()])
+	status, err := client.Status(t.Context(), cluster.Endpoints()[member])
+	require.NoError(t, err)
+	eventually(t, func() bool { // etcd refuses until its members have been connected for some seconds
+		_, err := client.MemberRemove(t.Context(), status.Header.MemberId)
+		return err == nil || errors.Is(err, rpctypes.ErrMemberNotFound)
+	}, "a member is removed")
 }
 
 func versionOf(t *testing.T, client *clientv3.Client, key string) int64 {

@@ -182,7 +182,8 @@ func (c *watchConfig) validate(key string) error {
 // Read [Watcher.Events] until the channel is closed, and Close the watcher if ctx lives on.
 //
 // The watcher resumes after faults, for as long as they last. It leaves a member that is cut off
-// from the others, and within 5 s a connection that is dead.
+// from the others, within 5 s a connection that is dead, and after about 10 s a member that was
+// removed.
 //   - Without [WithSnapshot] it sends every change, once and in order, and the changes of a
 //     transaction together. If compaction or a restore from a backup makes that impossible, it ends
 //     with [ErrGap] after the last change before the gap.
@@ -192,9 +193,11 @@ func (c *watchConfig) validate(key string) error {
 // transaction if that is larger. Then it stops watching until the reader has read them, and
 // compaction can overtake it.
 //
-// All watches of a client share streams to etcd, and idle watches send no requests of their own. If
-// the client's Watcher is wrapped, as by client/v3/namespace, watches go through the wrapper: then
-// only DialKeepAliveTime in clientv3.Config makes them leave a dead connection.
+// All watches of a client share streams to etcd, and idle watches send no requests of their own. A
+// client with several endpoints sends one small read every 5 s while etcd's revision stands still.
+// If the client's Watcher is wrapped, as by client/v3/namespace, watches go through the wrapper:
+// then only DialKeepAliveTime in clientv3.Config makes them leave a dead connection, and they stay
+// on a member that was removed while that answers.
 //
 // Servers of version 3.5.0 to 3.5.7 report progress that a watch has not reached. Watches need
 // 3.5.8 or later.

@@ -9,7 +9,7 @@ import (
 // created is no longer there. guards compare whether it is. It may call gone more than once.
 //
 // The watch is from now on. When it stands the guards are checked once, and so they are after each
-// reconnection, because etcd may have been restored. Nothing is read while nothing happens.
+// reconnection, because etcd may have been restored. No watch reads anything while nothing happens.
 //
 // If etcd refuses the watch or the read, gone is called with the error, and with how often that was
 // so since the watch last stood. The watch is tried again all the same, until stop is called. A

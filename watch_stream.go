@@ -169,6 +169,9 @@ const (
 	progressInterval, minProgressInterval = time.Second, 5 * time.Millisecond
 	// A stream without an answer is pinged after pingAfter, and given up after idleTimeout.
 	pingAfter, idleTimeout = time.Second, 4 * time.Second
+	// A member whose revision stands still for lagTimeout may be behind: etcd's revision is read.
+	// Then it has lagGrace to come on.
+	lagTimeout, lagGrace = 5 * time.Second, 3 * time.Second
 	// openTimeout is how long a stream may take to open.
 	openTimeout = 2 * time.Second
 	// maxPatience bounds how often the timeouts grow after every endpoint has failed. While one
@@ -214,6 +217,8 @@ type watchHub struct {
 	failures [streamKinds]int     // in a row
 	silences [streamKinds]int     // in a row: streams that were given up without an answer
 	ticked   time.Time            // when tick last ran
+	reading  bool                 // etcd's revision
+	readAt   time.Time            // when that was last answered
 	avoided  map[string]avoidance // members that failed
 	timer    *time.Timer
 	released func() // from the client's context
@@ -598,6 +603,7 @@ func (h *watchHub) tick() {
 	for s := range h.all {
 		s.tick(now, passed)
 	}
+	h.lookForLag(now)
 	if len(h.all) == 0 && len(h.subs) == 0 {
 		h.ended = true
 		h.cancel()
@@ -611,10 +617,52 @@ func (h *watchHub) tick() {
 	h.timer.Reset(hubTick)
 }
 
+// lookForLag reads etcd's revision if a member stands still. It may have been removed from the
+// cluster, or be behind for another reason, and still answer. A client with one endpoint reads
+// nothing: it has no other member to go to.
+func (h *watchHub) lookForLag(now time.Time) {
+	if h.reading || now.Sub(h.readAt) < lagTimeout || len(h.client.Endpoints()) < 2 {
+		return
+	}
+	for s := range h.all {
+		if !s.direct || s.goal != 0 || now.Sub(s.shownAt) < lagTimeout {
+			continue
+		}
+		for _, r := range s.byID { // a key that may be read
+			h.readRevision(r.sub.key)
+			return
+		}
+	}
+}
+
+// readRevision reads etcd's revision, by any key, and has the members come to it.
+func (h *watchHub) readRevision(key string) {
+	h.reading = true
+	opened := h.opened // a stream that is opened later may be to a restored etcd
+	h.reads.add(readRequest{
+		ops:    []clientv3.Op{clientv3.OpGet(key, clientv3.WithCountOnly())},
+		failed: func(error) {},
+		done: func(resp *clientv3.TxnResponse, err error) {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			h.reading, h.readAt = false, time.Now()
+			if err != nil {
+				return
+			}
+			for s := range h.all {
+				if rev := resp.Header.Revision; s.direct && s.number <= opened && s.goal == 0 && s.shown < rev {
+					s.goal, s.goalAt = rev, h.readAt
+				}
+			}
+		},
+	})
+}
+
 // An avoidance says until when a member that failed is avoided.
 type avoidance struct {
 	since, until time.Time
-	silent       bool // it gave no answer. That costs more time than an error
+	silent       bool     // it gave no answer, or old ones. That costs more time than an error
+	goal         Revision // it was behind: until it shows this revision its answers are no sign of health
 }
 
 // avoid has the member of a stream that failed avoided for a while.
@@ -628,7 +676,11 @@ func (h *watchHub) avoid(s *watchStream) {
 	if !again || a.silent {
 		a.since = now
 	}
-	h.avoided[s.member] = avoidance{since: a.since, until: now.Add(avoidMember), silent: s.idle}
+	a.until, a.silent, a.goal = now.Add(avoidMember), s.idle || s.lags, 0
+	if s.lags {
+		a.goal = s.goal
+	}
+	h.avoided[s.member] = a
 }
 
 // takes reports whether a stream may be opened to a member after so many tries. Members that are
@@ -755,6 +807,12 @@ type watchStream struct {
 	quiet      time.Duration // since the last answer
 	full       bool          // it waits for its reader, and takes no answers meanwhile
 	pinged     bool          // and not answered
+	shown      Revision      // the member's, in its answers
+	shownAt    time.Time     // when shown last grew
+	goal       Revision      // the member has yet to show it, as a read of etcd was answered; 0: none
+	goalAt     time.Time     // when it was
+	trial      bool          // the answer to the ping decides whether the member is behind
+	lags       bool          // it was given up because its member is behind
 	asked      int           // how many requests for progress were sent
 	settled    int           // how many of them were answered or dropped
 	askedAt    time.Time     // when the last was sent
@@ -949,8 +1007,8 @@ func (s *watchStream) tick(now time.Time, passed time.Duration) {
 		s.idle = true
 		s.cancel()
 		return
-	case !s.pinged && s.quiet >= pingAfter && (s.direct || len(s.creating) == 0):
-		s.pinged = true
+	case !s.pinged && (s.quiet >= pingAfter || s.suspected(now)) && (s.direct || len(s.creating) == 0):
+		s.pinged, s.trial = true, s.suspected(now)
 		s.creating = append(s.creating, nil)
 		s.push(pingRequest())
 	}
@@ -964,6 +1022,11 @@ func (s *watchStream) tick(now time.Time, passed time.Duration) {
 	if s.catchesUp() && s.answers() {
 		s.moveQuiet(now)
 	}
+}
+
+// suspected reports whether the member has had time to show what was read, and stands still.
+func (s *watchStream) suspected(now time.Time) bool {
+	return s.goal != 0 && now.Sub(s.goalAt) >= lagGrace && now.Sub(s.shownAt) >= lagTimeout
 }
 
 // catchesUp reports whether the stream is for watches that are behind.
@@ -1060,6 +1123,7 @@ var (
 	errReaderBehind = errors.New("the reader is behind")
 	errIdle         = errors.New("the watch stream does not answer")
 	errMemberBehind = errors.New("the member is behind what was read, or etcd was restored")
+	errMemberLags   = errors.New("the member stays behind the others")
 )
 
 // reason is why the stream ended.
@@ -1067,6 +1131,8 @@ func (s *watchStream) reason(err error) error {
 	switch {
 	case s.idle:
 		return fmt.Errorf("%w (member %s)", errIdle, s.member)
+	case s.lags:
+		return fmt.Errorf("%w (member %s)", errMemberLags, s.member)
 	case s.number == 0 && s.ctx.Err() != nil && s.hub.ctx.Err() == nil && isContextError(err):
 		return fmt.Errorf("the watch stream is not opened in time: %w", err)
 	}
@@ -1109,9 +1175,14 @@ func (s *watchStream) handle(resp *pb.WatchResponse) (full bool) {
 	defer s.hub.mu.Unlock()
 	s.answered, s.quiet = true, 0
 	s.hub.failures[s.kind] = 0
+	if rev := resp.Header.GetRevision(); rev > s.shown {
+		s.shown, s.shownAt, s.goal, s.trial = rev, time.Now(), 0, false
+	}
 	if s.heard = s.heard || !resp.Created || !s.catchesUp(); s.heard {
 		s.hub.silences[s.kind] = 0
-		delete(s.hub.avoided, s.member)
+		if s.shown >= s.hub.avoided[s.member].goal {
+			delete(s.hub.avoided, s.member)
+		}
 	}
 	switch {
 	case resp.Created:
@@ -1137,6 +1208,10 @@ func (s *watchStream) handleCreated(resp *pb.WatchResponse) {
 	switch {
 	case r == nil:
 		s.pinged = false
+		if s.trial {
+			s.lags = true
+			s.cancel()
+		}
 		return
 	case resp.Canceled:
 		s.handleRefused(r, resp)

@@ -214,6 +214,131 @@ func TestHubTakesASilentMemberWhenTheOthersDoNotComeBack(t *testing.T) {
 	})
 }
 
+// A member that was removed from the cluster answers pings and requests for progress for ever.
+func TestStreamsLeaveAMemberThatWasRemoved(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	leader := cluster.Leader()
+	removed := (leader + 1) % 3
+	direct, client := newClient(t, cluster.Endpoints()[leader]), newClient(t, cluster.Endpoints()[removed])
+	w := mustWatch[string](t, client, "k", WithCodec(Raw))
+	lock := mustAcquire(t, client, "lock", WithTTL(time.Minute))
+	eventually(t, func() bool { return watchesOf(client) == 2 }, "the watch of the lock's key")
+	rev := mustPut(t, direct, "k", "before")
+	require.Equal(t, rev, next(t, w).Revision)
+	addEndpoints(client, cluster.Endpoints()[leader], cluster.Endpoints()[(leader+2)%3])
+	awaitConnections(t, client)
+	removeMember(t, cluster, removed)
+
+	rev = mustPut(t, direct, "k", "after")
+	mustDelete(t, direct, lock.Key())
+	told := start(func() (Event[string], error) { return <-w.Events(), nil })
+	within(t, 15*time.Second, told.done, "the watcher gets the change")
+	require.Equal(t, rev, told.v.Revision)
+	within(t, 5*time.Second, lock.Done(), "the holder is told of the deletion")
+	require.ErrorIs(t, context.Cause(lock), ErrLockLost)
+	require.NoError(t, lock.Lease().Err())
+}
+
+// What etcd has come to is read only by a client that can go to another member.
+func TestQuietStreamsStayOnTheirMemberAndAClientWithOneEndpointReadsNothing(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 3)
+	type quiet struct {
+		*clientv3.Client
+		lock    *Lock
+		reads   atomic.Int64
+		streams int64
+	}
+	open := func(endpoints ...string) *quiet {
+		q := &quiet{}
+		q.Client = clientAt(t, endpoints, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+			err := invoke(ctx, method, req, reply, cc, opts...)
+			if r, ok := req.(*etcdserverpb.TxnRequest); ok && err == nil && len(r.Compare) == 0 && onlyReads(r) {
+				q.reads.Add(1)
+			}
+			return err
+		})
+		for i := range 3 {
+			mustWatch[string](t, q.Client, fmt.Sprint(nameOf(t), i), WithCodec(Raw))
+		}
+		q.lock = mustAcquire(t, q.Client, nameOf(t)+endpoints[0]+fmt.Sprint(len(endpoints)), WithTTL(time.Minute))
+		eventually(t, func() bool { return watchesOf(q.Client) == 4 && allStand(q.Client) }, "the watches stand")
+		q.streams = hubRef{q.Client}.streams()
+		return q
+	}
+	several, one := open(cluster.Endpoints()...), open(cluster.Endpoints()[0])
+	begin := time.Now()
+	eventually(t, func() bool { return several.reads.Load() == 4 }, "etcd's revision is read")
+	require.GreaterOrEqual(t, time.Since(begin), 3*lagTimeout)
+	require.Zero(t, one.reads.Load())
+	for _, q := range []*quiet{several, one} {
+		require.Equal(t, q.streams, hubRef{q.Client}.streams())
+		require.NoError(t, q.lock.Err())
+	}
+}
+
+// allStand reports whether all watches that a client has on shared streams stand.
+func allStand(client *clientv3.Client) bool {
+	h := hubRef{client}.lock()
+	defer h.mu.Unlock()
+	for sub := range h.subs {
+		if sub.current == nil || !sub.current.created {
+			return false
+		}
+	}
+	return true
+}
+
+func TestStreamLeavesAMemberThatStandsStillButNoneThatIsSlow(t *testing.T) {
+	t.Parallel()
+	client := newClient(t, "a:1", "b:1")
+	synctest.Test(t, func(t *testing.T) {
+		h := &watchHub{client: client, avoided: make(map[string]avoidance)}
+		open := func() *watchStream {
+			s := &watchStream{
+				hub: h, kind: lockStream, number: 1, member: "a:1", direct: true, cancel: func() {},
+				subs: map[*watchSub]struct{}{{}: {}}, ready: make(chan struct{}, 1),
+			}
+			s.handle(&etcdserverpb.WatchResponse{Header: &etcdserverpb.ResponseHeader{Revision: 1}})
+			return s
+		}
+		s := open()
+		// lagsAfter reports whether the member is found to be behind while it shows what rev returns.
+		lagsAfter := func(d time.Duration, rev func(passed time.Duration) Revision) bool {
+			for begin := time.Now(); !s.lags && time.Since(begin) < d; {
+				time.Sleep(hubTick)
+				s.tick(time.Now(), hubTick)
+				header := &etcdserverpb.ResponseHeader{Revision: rev(time.Since(begin))}
+				if len(s.creating) > 0 {
+					s.handle(&etcdserverpb.WatchResponse{Header: header, Created: true, Canceled: true, WatchId: -1})
+				}
+			}
+			return s.lags
+		}
+		slow := func(passed time.Duration) Revision {
+			if s.goal == 0 {
+				s.goal, s.goalAt = 100, time.Now()
+			}
+			return 1 + Revision(passed/(lagTimeout-time.Second))
+		}
+		require.False(t, lagsAfter(time.Minute, slow))
+		require.False(t, lagsAfter(time.Minute, func(time.Duration) Revision { return 100 }), "it has come on")
+		s.goal, s.goalAt = 101, time.Now() // it was read that etcd has come so far
+		still := func(time.Duration) Revision { return s.shown }
+		require.False(t, lagsAfter(lagGrace-hubTick, still))
+		require.True(t, lagsAfter(2*hubTick, still))
+
+		h.avoid(s)
+		other := open()
+		require.False(t, h.takes("a:1", 1), "another stream to it answers")
+		h.avoid(&watchStream{member: "b:1"})
+		require.False(t, h.takes("a:1", 1000), "the other one may be about to come back")
+		other.handle(&etcdserverpb.WatchResponse{Header: &etcdserverpb.ResponseHeader{Revision: 101}})
+		require.True(t, h.takes("a:1", 1), "it has come on")
+	})
+}
+
 // watchesFrom reports whether the client's live stream is open to a member.
 func watchesFrom(client *clientv3.Client, member string) bool {
 	h := hubRef{client}.lock()
