@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -547,12 +546,18 @@ func TestHolderIsFoundWhereHoldersFollowFasterThanItReads(t *testing.T) {
 	writeStrays(t, writer, name+"/stray-%d", 20, 1)
 	key := func(i int64) string { return fmt.Sprintf("%s/%d", name, i) }
 	mustPutLeased(t, writer, key(0), lease)
-	var terms atomic.Int64
+	var terms int64
+	var turn sync.Mutex
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		if strings.HasSuffix(method, "/Txn") { // there is another holder before each of them
-			i := terms.Add(1)
-			mustPutLeased(t, writer, key(i), lease)
-			mustDelete(t, writer, key(i-1))
+			turn.Lock()
+			defer turn.Unlock()
+			if ctx.Err() != nil { // a busy machine was too late, and asks again
+				return ctx.Err()
+			}
+			terms++
+			mustPutLeased(t, writer, key(terms), lease)
+			mustDelete(t, writer, key(terms-1))
 		}
 		return invoker(ctx, method, req, reply, cc, opts...)
 	})
@@ -560,7 +565,9 @@ func TestHolderIsFoundWhereHoldersFollowFasterThanItReads(t *testing.T) {
 	defer cancel()
 	holder, err := Holder(ctx, client, name)
 	require.NoError(t, err)
-	require.Equal(t, key(terms.Load()), holder.Key)
+	turn.Lock()
+	require.Equal(t, key(terms), holder.Key)
+	turn.Unlock()
 	w, err := WatchHolder(ctx, client, name)
 	require.NoError(t, err)
 	require.Equal(t, EventPut, (<-w.Events()).Type)
