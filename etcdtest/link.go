@@ -273,6 +273,7 @@ type linkConn struct {
 
 	damaged bool // it lost something, or was opened in a cut; guarded by link.mu
 	dialer  int  // the process that dialed, 0 if that does not matter; guarded by link.mu
+	cut     bool // it lost something because dialer was cut off; guarded by link.mu
 }
 
 // chunk is what one read returned, and when.
@@ -384,11 +385,13 @@ func (c *linkConn) waitUntilDue(ch chunk) bool {
 }
 
 // passes reports whether something may pass now. If not, c is damaged from the same instant: a Heal
-// either came before it and let it pass, or comes after and finds the damage.
+// either came before it and let it pass, or comes after and finds the damage. What lost bytes because
+// its dialer was cut off passes none any more: it may not be reset before the dialer is connected.
 func (c *linkConn) passes(d direction) bool {
 	c.link.mu.Lock()
 	defer c.link.mu.Unlock()
-	if c.link.faults.drop[d] || c.link.dialers.isCut(c.dialer) {
+	c.cut = c.cut || c.link.dialers.isCut(c.dialer)
+	if c.link.faults.drop[d] || c.cut {
 		c.damaged = true
 		return false
 	}

@@ -68,6 +68,24 @@ func TestLinkCutStopsBytesBothWaysUntilHeal(t *testing.T) {
 	requirePasses(t, again, servedAgain)
 }
 
+// etcd takes what follows lost bytes for another message, and may panic.
+func TestLinkBetweenMembersPassesNothingAfterLostBytes(t *testing.T) {
+	server := listen(t, "127.0.0.1:0")
+	link, cut, mend, err := etcdtest.LinkBetweenMembers(server.address())
+	require.NoError(t, err)
+	defer link.Close()
+	client, served := server.connectThrough(t, link)
+	requirePasses(t, client, served)
+	if err := cut(); err != nil {
+		t.Skip(err) // Linux only
+	}
+	write(t, client, "lost")
+	requireSilent(t, served)
+	mend()
+	write(t, client, "lost as well")
+	requireSilent(t, served)
+}
+
 func TestLinkHealSparesConnectionsThatLostNothing(t *testing.T) {
 	server := listen(t, "127.0.0.1:0")
 	link := etcdtest.StartLink(t, server.address())
