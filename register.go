@@ -388,7 +388,8 @@ func (k *keeper) write(ctx context.Context, expected Revision, value []byte, res
 			then:      []clientv3.Op{clientv3.OpPut(k.key, string(value), clientv3.WithLease(lease.id))},
 			otherwise: []clientv3.Op{clientv3.OpGet(k.key)},
 		})
-		if !seen {
+		// What the first write leaves goes with its lease: there a refusal is answer enough.
+		if !seen && (k.accepted != nil || err == nil || IsAmbiguous(err)) {
 			*result = txnResult{mayBeApplied: true, mayStillApply: true}
 		}
 		switch {

@@ -593,6 +593,26 @@ func TestRegisterFailsAndLeavesNothing(t *testing.T) {
 	require.ErrorIs(t, err, context.DeadlineExceeded)
 }
 
+// Nothing shows what clientv3 sends there.
+func TestRegisterThroughAWrappedClientReturnsARefusal(t *testing.T) {
+	t.Parallel()
+	cluster, root := authCluster(t, 300)
+	client := namespaced(t, userClient(t, "user", nil, cluster.Endpoints()...))
+	_, err := Register(context.Background(), client, "key", "1")
+	require.ErrorIs(t, err, rpctypes.ErrPermissionDenied)
+	require.NotErrorIs(t, err, ErrUnknownOutcome)
+	eventually(t, func() bool { return len(leases(t, root)) == 0 }, "no lease is left")
+
+	lossy, faults := faultyClient(t)
+	faults.inTurn(
+		func(txn) error { return errLost },
+		func(txn) error { return rpctypes.ErrGRPCPermissionDenied },
+	)
+	_, err = Register(context.Background(), namespaced(t, lossy), "key", "1")
+	require.ErrorIs(t, err, ErrUnknownOutcome, "the first answer was lost")
+	require.NotErrorIs(t, err, rpctypes.ErrPermissionDenied)
+}
+
 func TestRegisterRefusesBadArguments(t *testing.T) {
 	t.Parallel()
 	client, ctx := newClient(t, testCluster.Endpoints()...), context.Background()
