@@ -15,7 +15,9 @@ import (
 
 // Lead runs fn whenever this process holds the lock of this name: it waits its turn, runs fn under
 // the lock's context, waits for fn, and releases. That context ends before another process leads,
-// unless somebody deletes the lock's key or revokes its lease.
+// unless somebody deletes or overwrites the lock's key or revokes its lease, etcd is restored from
+// a backup, or the clocks drift by more than the margin. An overwritten key need not end the
+// context. [Lock.Commit] notices it.
 //
 //	err := etcdutil.Lead(ctx, client, "scheduler/leader", func(ctx context.Context) error {
 //		return schedule(ctx) // canceled when this process no longer surely leads

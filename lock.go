@@ -20,9 +20,10 @@ const DefaultTTL = 10 * time.Second
 // is lost. The zero Lock is not usable.
 //
 // It is a context.Context: Done is closed when the lock is no longer surely held. That is before
-// anybody else can hold it, unless somebody deletes the lock's key or revokes its lease. Err
-// returns only context.Canceled or context.DeadlineExceeded. context.Cause returns why the lock
-// ended:
+// anybody else can hold it, unless somebody deletes or overwrites the lock's key or revokes its
+// lease, etcd is restored from a backup, or the clocks drift by more than the margin. An
+// overwritten key need not end the context. [Lock.Commit] notices it. Err returns only
+// context.Canceled or context.DeadlineExceeded. context.Cause returns why the lock ended:
 //   - [ErrLockLost] if it was lost. It wraps the cause if that is known: [ErrLeaseExpired],
 //     [ErrLeaseRevoked] or, if a shared lease was closed, [ErrClosed].
 //   - [ErrClosed] after Close.
@@ -576,7 +577,8 @@ func joinLoss(lost, err error) error {
 }
 
 // IsOwner returns a comparison for a transaction of your own. It fails once the lock's key is gone.
-// Unlike [Lock.Commit], such a transaction may be applied twice if clientv3 repeats it.
+// It does not notice a key that somebody has overwritten: use [Lock.Commit] for that. Unlike
+// Commit, such a transaction may be applied twice if clientv3 repeats it.
 func (l *Lock) IsOwner() clientv3.Cmp {
 	return clientv3.Compare(clientv3.CreateRevision(l.queue.key), "=", l.queue.token)
 }
