@@ -1,6 +1,8 @@
 package etcdutil_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -11,9 +13,13 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 
+	"example.com/etcdutil"
+	"example.com/etcdutil/etcdtest"
 	"github.com/stretchr/testify/require"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 // pages returns the project's Markdown files.
@@ -88,14 +94,20 @@ func TestDocsCommandsWork(t *testing.T) {
 
 func checkCommand(t *testing.T, page string, words []string) {
 	t.Helper()
+	for len(words) > 0 && strings.Contains(words[0], "=") { // VARIABLE=value
+		words = words[1:]
+	}
 	switch {
 	case len(words) == 0:
 	case words[0] == "go":
 		checkGoCommand(t, page, words[1:])
-	case strings.HasPrefix(words[0], "."):
+	case words[0] == "etcdctl": // TestPermissions runs those of docs/behavior.md
+	case strings.Contains(words[0], "/"):
 		info, err := os.Stat(words[0])
 		require.NoError(t, err, page)
 		require.NotZero(t, info.Mode()&0o111, "%s: %s is not executable", page, words[0])
+	default:
+		require.Fail(t, "no check for this command", "%s: %s", page, strings.Join(words, " "))
 	}
 }
 
@@ -246,16 +258,95 @@ func anchors(page string) map[string]bool {
 	return anchors
 }
 
-func TestDocsTableOfOptionsNamesEveryOption(t *testing.T) {
+func TestDocsTableOfOptionsShowsWhatEachConstructorAccepts(t *testing.T) {
+	t.Parallel()
 	doc, err := exec.Command("go", "doc", ".").Output()
 	require.NoError(t, err)
-	table, _, found := strings.Cut(string(doc), "# Shutting down")
-	require.True(t, found)
+	header := regexp.MustCompile(`(?m)^ +Lease +Lock +Writer .*$`).FindString(string(doc))
+	require.NotEmpty(t, header)
+	given := givenOptions(t)
 	for name := range exported(t, ".") {
-		if strings.HasPrefix(name, "With") {
-			require.Regexp(t, `\n    `+name+` +x?`, table)
+		if !strings.HasPrefix(name, "With") {
+			continue
+		}
+		require.Contains(t, given, name)
+		row := regexp.MustCompile(`(?m)^    ` + name + ` .*$`).FindString(string(doc))
+		for _, column := range regexp.MustCompile(`\w+`).FindAllStringIndex(header, -1) {
+			constructor := header[column[0]:column[1]]
+			marked := len(row) > column[0] && strings.Contains(row[column[0]:min(column[1], len(row))], "x")
+			if name == "WithSnapshot" && (constructor == "Mirror" || constructor == "Holder") {
+				require.False(t, marked) // accepted, without effect
+				continue
+			}
+			require.Equal(t, given[name][constructor], marked, "%s in the column of %s", name, constructor)
 		}
 	}
+}
+
+// givenOptions returns, for each option, which constructors accept it.
+func givenOptions(t *testing.T) map[string]map[string]bool {
+	t.Helper()
+	client := etcdtest.Start(t, 1).Client(t)
+	lock, err := etcdutil.Acquire(t.Context(), client, "lock")
+	require.NoError(t, err)
+	accepted := make(map[string]map[string]bool)
+	for name, option := range map[string]any{
+		"WithLogger":            etcdutil.WithLogger(nil),
+		"WithObserver":          etcdutil.WithObserver(etcdutil.Observer{}),
+		"WithRetryPolicy":       etcdutil.WithRetryPolicy(etcdutil.RetryPolicy{}),
+		"WithKeepAliveInterval": etcdutil.WithKeepAliveInterval(time.Second),
+		"WithExpiryMargin":      etcdutil.WithExpiryMargin(time.Second),
+		"WithMaxKeepAlives":     etcdutil.WithMaxKeepAlives(1),
+		"WithTTL":               etcdutil.WithTTL(time.Minute),
+		"WithLease":             etcdutil.WithLease(lock.Lease()),
+		"WithValue":             etcdutil.WithValue("v"),
+		"WithAcquireTimeout":    etcdutil.WithAcquireTimeout(time.Minute),
+		"WithCodec":             etcdutil.WithCodec(etcdutil.JSON),
+		"WithEveryEntry":        etcdutil.WithEveryEntry(0),
+		"WithEntriesAfter":      etcdutil.WithEntriesAfter(1, 1),
+		"WithPrefix":            etcdutil.WithPrefix(),
+		"WithPrev":              etcdutil.WithPrev(),
+		"WithRevision":          etcdutil.WithRevision(1),
+		"WithSnapshot":          etcdutil.WithSnapshot(),
+	} {
+		accepted[name] = acceptedBy(t, client, lock, option)
+	}
+	return accepted
+}
+
+// acceptedBy returns which constructors an option fits and is not refused by. Each gets a context
+// that has ended, and returns its end if the arguments are right.
+func acceptedBy(t *testing.T, client *clientv3.Client, lock *etcdutil.Lock, option any) map[string]bool {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	errs := make(map[string]error)
+	if o, ok := option.(etcdutil.LeaseOption); ok {
+		_, errs["Lease"] = etcdutil.NewLease(ctx, client, time.Minute, o)
+	}
+	if o, ok := option.(etcdutil.LockOption); ok {
+		_, errs["Lock"] = etcdutil.Acquire(ctx, client, "other", o)
+	}
+	if o, ok := option.(etcdutil.LogOption); ok {
+		_, errs["Writer"] = etcdutil.NewLogWriter[string](ctx, lock, "log", o)
+		_, errs["Reader"] = etcdutil.NewLogReader[string](ctx, client, "log", o)
+	}
+	if o, ok := option.(etcdutil.WatchOption); ok {
+		_, errs["Watch"] = etcdutil.Watch[string](ctx, client, "key", o)
+		_, errs["Holder"] = etcdutil.WatchHolder(ctx, client, "other", o)
+		_, errs["Mirror"] = etcdutil.NewMirror[string](ctx, client, "key", o)
+	}
+	if o, ok := option.(etcdutil.RegisterOption); ok {
+		_, errs["Register"] = etcdutil.Register(ctx, client, "key", "v", o)
+	}
+	if o, ok := option.(etcdutil.RetryOption); ok {
+		_, errs["Retry"] = etcdutil.Holder(ctx, client, "other", o)
+	}
+	accepted := make(map[string]bool)
+	for constructor, err := range errs {
+		accepted[constructor] = errors.Is(err, context.Canceled)
+	}
+	return accepted
 }
 
 // The two pictures differ in their colors only.
