@@ -182,8 +182,8 @@ func (c *watchConfig) validate(key string) error {
 // Read [Watcher.Events] until the channel is closed, and Close the watcher if ctx lives on.
 //
 // The watcher resumes after faults, for as long as they last. It leaves a member that is cut off
-// from the others, within 5 s a connection that is dead, and after about 10 s a member that was
-// removed.
+// from the others, and after about 10 s a member that was removed. It leaves a connection that is
+// dead within 5 s, or 10 s if every endpoint has failed before.
 //   - Without [WithSnapshot] it sends every change, once and in order, and the changes of a
 //     transaction together. If compaction or a restore from a backup makes that impossible, it ends
 //     with [ErrGap] after the last change before the gap.

@@ -5,11 +5,11 @@
 //	go run ./internal/servers -short   # what the gate runs, under 4 minutes
 //
 // It builds the servers from the Go module proxy, into the user's cache directory, and then
-//   - runs the package's tests of locks, leases, logs, watches and credentials against each
-//     version;
+//   - runs the package's tests against each version, with -short those of the subjects in
+//     shortTests, and not against the newest;
 //   - runs the torture against three members of each version (not with -short);
 //   - upgrades three members from the oldest version to the newest, one after the other, under
-//     load;
+//     load: locks may be lost, and no increment that was acknowledged is;
 //   - puts each version's gRPC proxy (`etcd grpc-proxy`) before a member of that version, under
 //     load.
 //
