@@ -33,8 +33,8 @@ type Observer struct {
 	// Renewed is called when a lease was renewed. Took is the round trip. Left is what the lease
 	// had left when the answer came: the smaller it is, the nearer was the loss.
 	Renewed func(LeaseEvent)
-	// Retrying is called for each attempt that failed and is repeated. That a watch loses its
-	// stream is none, if it is resumed at once.
+	// Retrying is called for each attempt that failed and is repeated, and for a renewal whose
+	// answer is late. A watch that loses its stream and resumes at once does not call it.
 	Retrying func(RetryEvent)
 	// Resynced is called when a watch lists again because it may have missed changes.
 	Resynced func(WatchEvent)
@@ -58,6 +58,7 @@ type LeaseEvent struct {
 
 // RetryEvent describes an attempt that failed with Err. Attempt is its number, from 1. Op is the
 // operation. It is one of a few strings without names or IDs, so that it can be a metric's label.
+// The set of operations may change with a version.
 type RetryEvent struct {
 	Op      string
 	Attempt int

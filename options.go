@@ -22,9 +22,12 @@ type Option interface {
 // WithCodec, and every [Option].
 type RegisterOption interface{ applyRegister(*registerConfig) }
 
-// WithLogger sets where a resource logs. It writes one line when a lock is acquired, released or
-// lost, when a renewal is late, when a retry starts (once per outage), and when a watch lists
-// again. It never writes a value or a credential. The default, and nil, discards.
+// WithLogger sets where a resource logs. It never writes a value or a credential. The default, and
+// nil, discards. It writes one line
+//   - at level Info when a lock is acquired or released, or a registration is written again;
+//   - at level Warn when a lock or lease is lost, a renewal is late or refused, a registration is
+//     replaced, a retry starts (once per outage), a watch lists again or cannot be resumed, a
+//     mirror cannot be kept up to date, or a lock's key cannot be watched.
 //
 // The handler runs on a goroutine that nothing waits for, except that Close waits for its last line
 // for up to 25 ms.
