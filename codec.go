@@ -17,7 +17,8 @@ type Codec interface {
 var (
 	// JSON is encoding/json. It is the default.
 	JSON Codec = jsonCodec{}
-	// Raw stores string and []byte as they are, and refuses other types.
+	// Raw stores string and []byte as they are, and refuses other types. A nil []byte is stored as
+	// an empty value.
 	Raw Codec = rawCodec{}
 )
 

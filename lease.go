@@ -25,8 +25,9 @@ import (
 // own.
 //
 // Its context ends before the server can expire the lease: at the send time of the last
-// acknowledged renewal, plus TTL, minus a margin. Err returns context.Canceled or
-// context.DeadlineExceeded, as for any context. [context.Cause] returns why the lease ended:
+// acknowledged renewal, plus TTL, minus a margin. That time is [Lease.Expiry]: the method Deadline
+// returns that of the parent. Err returns only context.Canceled or context.DeadlineExceeded.
+// [context.Cause] returns why the lease ended:
 //   - [ErrClosed] after Close.
 //   - [ErrLeaseExpired] if it was not renewed in time. It wraps what the last renewal failed with.
 //   - [ErrLeaseRevoked] if the server no longer has the lease. The next renewal notices that.
@@ -96,8 +97,9 @@ type renewalOption struct{ leaseOption }
 func (o renewalOption) applyRegister(c *registerConfig) { o.applyLease(&c.leaseConfig) }
 
 // WithKeepAliveInterval sets the time from one renewal to the next. It must be positive and less
-// than the TTL. The default is a third of the granted TTL, or half of what a large margin leaves of
-// it. A lease whose interval is longer than TTL minus margin expires before it is renewed.
+// than the requested TTL, rounded up to seconds. The default is a third of the granted TTL, or half
+// of what a large margin leaves of it. A lease whose interval is longer than TTL minus margin
+// expires before it is renewed.
 func WithKeepAliveInterval(d time.Duration) RenewalOption {
 	return renewalOption{func(c *leaseConfig) { c.interval = &d }}
 }
@@ -110,9 +112,9 @@ func WithMaxKeepAlives(n int) LeaseOption {
 }
 
 // WithExpiryMargin sets how long before the server can expire the lease its context ends. It must
-// be at least 0 and less than the TTL. The default is a tenth of the granted TTL. The margin is the
-// time that work has to stop in. It must cover the drift between the clocks of client and server
-// during one TTL.
+// be at least 0 and less than the requested TTL, rounded up to seconds. The default is a tenth of
+// the granted TTL. The margin is the time that work has to stop in. It must cover the drift between
+// the clocks of client and server during one TTL.
 func WithExpiryMargin(d time.Duration) RenewalOption {
 	return renewalOption{func(c *leaseConfig) { c.margin = &d }}
 }
@@ -163,8 +165,8 @@ func wholeSeconds(d time.Duration) int64 {
 //
 // ctx is the lease's parent, as in context.WithCancel. When it ends, the lease's context ends and
 // the lease is no longer renewed, but the server keeps it until Close, or until its TTL has passed.
-// ttl must be positive. It is rounded up to seconds, and the server may grant more: etcd grants 2 s
-// at least by default.
+// ttl must be positive, and at most etcd's own limit of 9,000,000,000 s. It is rounded up to
+// seconds, and the server may grant more: etcd grants 2 s at least by default.
 //
 // The request is retried as [RetryPolicy] says. On failure, any lease it created is revoked in the
 // background, or expires. A client from clientv3.NewCtxClient has no connection and is refused. A

@@ -42,7 +42,7 @@ func (l *lifetime) shutdown(cause error) (first bool) {
 	return first
 }
 
-// Deadline returns the parent's deadline. The time at which a lease ends is [Lease.Expiry].
+// Deadline returns the parent's deadline, as for any context.
 func (l *lifetime) Deadline() (time.Time, bool) { return l.ctx.Deadline() }
 
 // Done returns a channel that is closed when the resource is lost or closed, or when its parent
@@ -53,8 +53,7 @@ func (l *lifetime) Done() <-chan struct{} { return l.ctx.Done() }
 // for any context. It does not say why the resource ended: context.Cause does.
 func (l *lifetime) Err() error { return l.ctx.Err() }
 
-// Value returns the parent's value for key, as for any context. It does not read etcd: what
-// [WithValue] sets is not returned.
+// Value returns the parent's value for key, as for any context. It does not read etcd.
 func (l *lifetime) Value(key any) any { return l.ctx.Value(key) }
 
 // contextError is the error for a ctx that has ended. It Is both ctx.Err() and context.Cause(ctx).

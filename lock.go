@@ -29,6 +29,10 @@ const DefaultTTL = 10 * time.Second
 //   - [ErrClosed] after Close.
 //   - The parent's cause. The lock is not released then.
 //
+// The method Deadline returns that of the parent: [Lease.Expiry] is when the lock's context ends
+// unless its lease is renewed. The method Value is the context's, and does not return what
+// [WithValue] has set.
+//
 // Nobody but the lock may write its key: a key that was overwritten may have lost its lease, and
 // with it its place in the queue. All methods are safe for concurrent use.
 type Lock struct {
@@ -69,7 +73,8 @@ type lockOption func(*lockConfig)
 func (o lockOption) applyLock(c *lockConfig) { o(c) }
 
 // WithTTL sets the TTL of the own lease of a lock or registration. The default is [DefaultTTL]. It
-// must be positive, and is rounded up to seconds. It cannot be combined with [WithLease].
+// must be positive, and at most etcd's own limit of 9,000,000,000 s. It is rounded up to seconds.
+// It cannot be combined with [WithLease].
 func WithTTL(ttl time.Duration) TTLOption { return ttlOption(ttl) }
 
 // A TTLOption shapes a lock or a registration.
@@ -217,6 +222,7 @@ func (c *lockConfig) bound(ctx context.Context, start time.Time) (context.Contex
 //     itself.
 //   - [ErrLockLost] if the key or the lease was lost while waiting. It wraps the cause if that is
 //     known.
+//   - [ErrLeaseExpired] if the lock's lease was granted too late to be used.
 //   - ctx's end, or context.DeadlineExceeded after [WithAcquireTimeout].
 //   - What etcd answered.
 func Acquire(ctx context.Context, client *clientv3.Client, name string, opts ...LockOption) (*Lock, error) {
@@ -229,10 +235,14 @@ func Acquire(ctx context.Context, client *clientv3.Client, name string, opts ...
 
 // TryAcquire returns a lock that is held, or [ErrLockHeld] at once if somebody holds it or waits
 // for it. Then nothing was written, and nobody was made to wait. The rest is as for [Acquire]: ctx
-// is the lock's parent, and the errors are the same.
+// is the lock's parent. A nil ctx or client panics.
 //
 // TryAcquire queues up for a moment if keys below name/ are created faster than it can look and
 // write.
+//
+// Errors:
+//   - [ErrLockHeld] if somebody holds the lock or waits for it, or if ctx runs under it.
+//   - Otherwise those of Acquire.
 func TryAcquire(ctx context.Context, client *clientv3.Client, name string, opts ...LockOption) (*Lock, error) {
 	c, err := newLockConfig(ctx, client, name, opts)
 	if err != nil {

@@ -19,8 +19,14 @@ import (
 const maxCommitOps = 127
 
 // Commit applies ops in one transaction if and only if the lock is held, exactly once, and returns
-// the transaction's revision. It is [Lock.CommitIf] without conditions, and has its errors but
-// ErrConditionFailed.
+// the transaction's revision. It is [Lock.CommitIf] without conditions. A Get among ops is carried
+// out, and its result is discarded. A nil ctx panics.
+//
+// Errors:
+//   - [ErrLockLost] or [ErrClosed] if the lock is not held. Nothing was applied.
+//   - [ErrUnknownOutcome] if the transaction may have been applied, or may still be. The next
+//     Commit, even an empty one, rules out that it is applied later.
+//   - Any other error, also ctx's, says why nothing was applied.
 func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error) {
 	return l.CommitIf(ctx, nil, ops...)
 }
@@ -30,7 +36,7 @@ func (l *Lock) Commit(ctx context.Context, ops ...clientv3.Op) (Revision, error)
 //
 // There may be 127 ops and 127 conditions at most, and none at least. ops must not write the lock's
 // own key. A Get among them is carried out, and its result is discarded. Commits of one lock take
-// turns.
+// turns. A nil ctx panics.
 //
 // ctx bounds this call. After the end of the lock's parent CommitIf still works, until Close or
 // until the lease expires, because winding down may need to save state: give it a context of its
