@@ -11,10 +11,10 @@
 // # Contexts
 //
 // Every resource is a [context.Context] with a Close. Its context ends when the resource is lost
-// or closed, or when its parent ends. [context.Cause] reports why: [ErrClosed],
-// [ErrLeaseExpired], [ErrLeaseRevoked], [ErrLockLost], [ErrGap], [ErrReplaced], or the parent's
-// cause. Err reports only that it ended, as for any context: context.Canceled or
-// context.DeadlineExceeded. Children of a resource cost no goroutine.
+// or closed, or when its parent ends. [context.Cause] reports why. Each type lists its causes:
+// [ErrClosed], the parent's cause, and what it is lost by, such as [ErrLockLost]. Err reports only
+// that it ended, as for any context: context.Canceled or context.DeadlineExceeded. Children of a
+// resource cost no goroutine.
 //
 // A constructor's ctx is the parent of the resource, as in [context.WithCancel]. The resource
 // inherits the values and the end of its parent. ctx is not a timeout of the call. This helper
@@ -89,10 +89,11 @@
 //
 // # Options
 //
-// An option in the wrong place does not compile, or is refused with an error that names it. The
-// columns of the table are named for what the constructors make. Lock stands for Acquire,
-// TryAcquire, Do and Lead, Writer and Reader for those of logs, Holder for WatchHolder, and Retry
-// for Retry and the function Holder.
+// An option in the wrong place does not compile, or is refused with an error that names it. Only
+// WithSnapshot is accepted by NewMirror and WatchHolder without effect, because they always follow
+// the state. The columns of the table are named for what the constructors make. Lock stands for
+// Acquire, TryAcquire, Do and Lead, Writer and Reader for those of logs, Holder for WatchHolder,
+// and Retry for Retry and the function Holder.
 //
 //	                      Lease  Lock  Writer  Reader  Watch  Holder  Mirror  Register  Retry
 //	WithLogger              x     x      x       x       x      x       x        x        x
@@ -114,7 +115,8 @@
 //	WithSnapshot                                         x
 //
 // The options of a lease and WithTTL shape a lock's own lease. They cannot be combined with
-// WithLease, whose lease has its own. WithRevision cannot be combined with WithSnapshot.
+// WithLease, whose lease has its own. WithRevision cannot be combined with WithSnapshot, nor
+// WithEveryEntry with WithEntriesAfter.
 //
 // # Shutting down
 //

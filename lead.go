@@ -360,8 +360,8 @@ func getMeta(kv *mvccpb.KeyValue) clientv3.Op {
 // WithSnapshot. It costs one watch and, for each new holder, two small requests, however many
 // contend. While nobody holds the lock it watches all keys below the name.
 //
-// [WithPrev] sets Event.Prev to the holder before. [WithSnapshot] changes nothing. Every [Option]
-// works as in [Watch].
+// [WithPrev] sets Event.Prev to the holder before. [WithSnapshot] has no effect. Every [Option]
+// works as in [Watch]. A nil ctx or client panics.
 //
 // Errors:
 //   - [ErrInvalidName], or an error that names the option: WithPrefix, WithRevision and WithCodec

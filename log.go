@@ -90,8 +90,9 @@ type Entry[T any] struct {
 // LogWriter writes a log under a lock. [NewLogWriter] makes it. It ends with the lock, or on Close.
 // The zero LogWriter is not usable.
 //
-// It is a context.Context, derived from the lock, and context.Cause returns why it ended. All
-// methods are safe for concurrent use. Writes take turns.
+// It is a context.Context, derived from the lock. Err returns only context.Canceled or
+// context.DeadlineExceeded. context.Cause returns why it ended: [ErrClosed] after Close, or else
+// the lock's cause. All methods are safe for concurrent use. Writes take turns.
 type LogWriter[T any] struct {
 	lifetime
 	config  config
@@ -124,7 +125,7 @@ func positionOf(kv *mvccpb.KeyValue) position {
 
 // NewLogWriter returns a writer of the log of this name, a key that only the holder of lock may
 // write. The writer's parent is the lock. ctx bounds only this call, which reads where the log
-// ends. The writer retries and logs as the lock does, unless opts say otherwise.
+// ends. The writer retries and logs as the lock does, unless opts say otherwise. A nil ctx panics.
 //
 // A log is one key, and its history goes when etcd is compacted: it is no archive. Use
 // [Lock.Commit] with keys of their own for what must be kept.
@@ -189,7 +190,7 @@ func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
 // Close.
 //
 // A log that was deleted is no conflict: it starts again at version 1. An entry of the same bytes,
-// which somebody else has written in place of this one, is taken for it.
+// which somebody else has written in place of this one, is taken for it. A nil ctx panics.
 //
 // Errors:
 //   - [ErrLockLost] or [ErrClosed] if the lock or the writer has ended. Nothing was written.
@@ -197,8 +198,8 @@ func (w *LogWriter[T]) read(ctx context.Context) (*mvccpb.KeyValue, error) {
 //     may still be held. Every later Write returns it too: another NewLogWriter goes on from what
 //     is there.
 //   - [ErrUnknownOutcome] if v may have been written. The next Write finds that out first.
-//   - Any other error says why nothing was written: v cannot be encoded, or is too large for etcd
-//     (1.5 MB unless configured).
+//   - Any other error says why nothing was written: ctx has ended, or v cannot be encoded or is too
+//     large for etcd (1.5 MB unless configured).
 func (w *LogWriter[T]) Write(ctx context.Context, v T) (version int64, err error) {
 	if ctx == nil {
 		panic("etcdutil: nil ctx")
@@ -400,7 +401,14 @@ func (w *LogWriter[T]) Close() error {
 // LogReader reads a log. [NewLogReader] makes it. Call Read, or range over All, and Close it when
 // it is no longer needed. It ends with its parent as well. The zero LogReader is not usable.
 //
-// It is a context.Context: Done is closed when the reader has ended, and context.Cause returns why.
+// It is a context.Context: Done is closed when the reader has ended. Err returns only
+// context.Canceled or context.DeadlineExceeded. context.Cause returns why it ended:
+//   - [ErrClosed] after Close.
+//   - [ErrGap] if entries are lost. A reader of the latest entry does not end with it.
+//   - rpctypes.ErrPermissionDenied, or whatever else etcd refuses for good when the reader resumes.
+//   - An error that says so if the client was closed, or if the codec ended its goroutine.
+//   - The parent's cause.
+//
 // All methods are safe for concurrent use: each entry is read once.
 type LogReader[T any] struct {
 	*lifetime // the watcher's
@@ -415,7 +423,7 @@ type LogReader[T any] struct {
 //
 // The reader reads the current entry first, if there is one, and then the latest unread entry. If
 // it is slower than the writer, it skips entries. [WithEveryEntry] and [WithEntriesAfter] make it
-// read every entry.
+// read every entry. A nil ctx or client panics.
 //
 // Errors:
 //   - [ErrInvalidName] if name is not allowed, or an error that names the option that is refused.
@@ -617,8 +625,9 @@ func (l *latestEntry[T]) run() {
 	}
 }
 
-// upTo does not tell by revisions what is unread: after a restore a later entry has a lower one. So
-// may the watcher. Until a list is complete, the watcher is not as far as what the list has.
+// upTo does not decide by revisions what is unread, because after a restore a later entry has a
+// lower one. So may the watcher. Until a list is complete, the watcher is not as far as what the
+// list has.
 func (l *latestEntry[T]) upTo() Revision {
 	upTo := l.watcher.Revision()
 	switch {
@@ -641,7 +650,7 @@ func (l *latestEntry[T]) revision() Revision {
 }
 
 // Read waits for the next entry and returns it. It does not report that the log was deleted. ctx
-// bounds this call: after its end nothing is read.
+// bounds this call: after its end nothing is read. A nil ctx panics.
 //
 // Errors:
 //   - [ErrInvalidValue] if the entry does not decode. It wraps the codec's error. The Entry has its

@@ -18,8 +18,10 @@ import (
 // by [Mirror.Get] and [Mirror.All]. Close ends it, and so does its parent. The zero Mirror is not
 // usable.
 //
-// It is a context.Context: Done is closed when the mirror is no longer kept up to date, and
-// context.Cause returns why. The copy can still be read then.
+// It is a context.Context: Done is closed when the mirror is no longer kept up to date. The copy
+// can still be read then. Err returns only context.Canceled or context.DeadlineExceeded.
+// context.Cause returns why it ended: [ErrClosed], the parent's cause, or an error that says so if
+// the client was closed.
 //
 // All methods are safe for concurrent use.
 type Mirror[T any] struct {
@@ -66,7 +68,7 @@ const (
 // while other keys are written one request for progress.
 //
 // Values are decoded by the codec of [WithCodec]. [WithRevision] and [WithPrev] are refused.
-// [WithSnapshot] changes nothing.
+// [WithSnapshot] has no effect.
 //
 // Errors:
 //   - An error that names the argument if key is empty without WithPrefix, or an option is refused.
@@ -299,7 +301,7 @@ func (m *Mirror[T]) Changes() *Receiver[Revision] { return m.changes.Receiver() 
 // the header of its response, whichever key was written. Wait asks etcd how far the watch has come,
 // and takes a round trip or two. A revision from before a restore may never come. Until the mirror
 // has noticed a restore and listed the keys again, a revision that the old copy had reached counts
-// as reached.
+// as reached. A nil ctx panics.
 //
 // Errors:
 //   - An error that Is both ctx.Err() and context.Cause(ctx) if ctx ended. ctx bounds this call.

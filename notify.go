@@ -23,8 +23,9 @@ func NewNotify[T any](ctx context.Context) *Notify[T] {
 // values by Send, and read them by a [Receiver]; Close ends it. A receiver that is slower than
 // the sender skips values. The zero Notify is not usable.
 //
-// A Notify is a context. It ends when it is closed or when its parent ends; [context.Cause] reports
-// which: [ErrClosed], or the parent's cause. All methods are safe for concurrent use.
+// A Notify is a context. It ends when it is closed or when its parent ends. Err returns only
+// context.Canceled or context.DeadlineExceeded. [context.Cause] reports which it was: [ErrClosed],
+// or the parent's cause. All methods are safe for concurrent use.
 type Notify[T any] struct {
 	// lifetime is read under mu, so that no value is accepted or returned after a receiver has
 	// reported the end.

@@ -19,9 +19,10 @@ import (
 // Registration keeps a key in etcd: a service's address, or a worker's presence. [Register] makes
 // it. Close ends it and removes the key. The zero Registration is not usable.
 //
-// It is a context.Context: Done is closed when the key is no longer kept in etcd, and context.Cause
-// returns why: [ErrClosed], [ErrReplaced] if somebody else has registered the key, or the parent's
-// cause. A lost lease does not end it.
+// It is a context.Context: Done is closed when the key is no longer kept in etcd. Err returns only
+// context.Canceled or context.DeadlineExceeded. context.Cause returns why it ended: [ErrClosed],
+// [ErrReplaced] if somebody else has registered the key, the parent's cause, or an error that says
+// so if the client was closed. A lost lease does not end it.
 //
 // All methods are safe for concurrent use.
 type Registration[T any] struct {
@@ -51,9 +52,9 @@ const (
 // [WithRetryPolicy] sets a Max above 250 ms, which is the default here.
 //
 // An older registration of the key is taken over at once, even if its owner is alive. It ends with
-// [ErrReplaced], and does not write the key again, unless the newer one has gone before it has seen
-// that. So of several processes that register one key, the last stays. To let the first one stay,
-// register under a [Lock].
+// [ErrReplaced] and does not write the key again. Only if the newer registration is gone before the
+// older one notices it does the older one write the key again. So of several processes that
+// register one key, the last stays. To let the first one stay, register under a [Lock].
 //
 // When the parent ends, the key is no longer kept. Close removes it, or etcd does when the lease's
 // TTL has passed.
@@ -111,7 +112,7 @@ func (c *registerConfig) validate(key string) error {
 func (r *Registration[T]) Key() string { return r.keeper.key }
 
 // Set changes the value of the key, exactly once. The key gets this value also when it is written
-// again. Calls take turns. ctx and RetryPolicy.Elapsed bound this call.
+// again. Calls take turns. ctx and RetryPolicy.Elapsed bound this call. A nil ctx panics.
 //
 // Errors:
 //   - [ErrUnknownOutcome] if etcd did not confirm the write. The value is written when etcd can be

@@ -15,8 +15,15 @@ import (
 // Watcher is a watch. [Watch] makes it. Read Events until the channel is closed; Close ends it, and
 // so does its parent. The zero Watcher is not usable.
 //
-// It is a context.Context: Done is closed when the watcher has ended, and context.Cause returns
-// why. All methods are safe for concurrent use.
+// It is a context.Context: Done is closed when the watcher has ended. Err returns only
+// context.Canceled or context.DeadlineExceeded. context.Cause returns why it ended:
+//   - [ErrClosed] after Close.
+//   - [ErrGap] if events are lost. A watcher with a snapshot does not end with it.
+//   - rpctypes.ErrPermissionDenied, or whatever else etcd refuses for good when the watch resumes.
+//   - An error that says so if the client was closed, or if the codec ended its goroutine.
+//   - The parent's cause.
+//
+// All methods are safe for concurrent use.
 type Watcher[T any] struct {
 	lifetime
 	queue     *queue
@@ -58,7 +65,7 @@ const (
 	eventReport
 )
 
-// String returns "put", "delete", "synced" or "invalid".
+// String returns "put", "delete", "synced" or "invalid", and EventType(N) for any other.
 func (t EventType) String() string {
 	switch t {
 	case EventPut:
@@ -201,6 +208,8 @@ func (c *watchConfig) validate(key string) error {
 //
 // Servers of version 3.5.0 to 3.5.7 report progress that a watch has not reached. Watches need
 // 3.5.8 or later.
+//
+// A nil ctx or client panics.
 //
 // Errors:
 //   - [ErrGap] if WithRevision is compacted, or more than one past etcd's revision.
