@@ -36,7 +36,7 @@ func (rawCodec) Marshal(v any) ([]byte, error) {
 	case []byte:
 		return v, nil
 	}
-	return nil, fmt.Errorf("etcdutil: Raw takes string and []byte, not %T", v)
+	return nil, fmt.Errorf("the Raw codec takes string and []byte, not %T", v)
 }
 
 func (rawCodec) Unmarshal(data []byte, v any) error {
@@ -46,7 +46,7 @@ func (rawCodec) Unmarshal(data []byte, v any) error {
 	case *[]byte:
 		*v = append([]byte{}, data...)
 	default:
-		return fmt.Errorf("etcdutil: Raw gives *string and *[]byte, not %T", v)
+		return fmt.Errorf("the Raw codec decodes into string and []byte, not %T", v)
 	}
 	return nil
 }
@@ -64,14 +64,14 @@ func WithCodec(c Codec) CodecOption { return codecOption{c} }
 func decode[T any](codec Codec, data []byte) (v T, err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("%w: the codec panicked: %v", ErrInvalidValue, r)
+			err = errorf("%w: the codec panicked: %v", ErrInvalidValue, r)
 		}
 		if err != nil {
 			v = *new(T)
 		}
 	}()
 	if err := codec.Unmarshal(data, &v); err != nil {
-		return v, fmt.Errorf("%w: %w", ErrInvalidValue, err)
+		return v, errorf("%w: %w", ErrInvalidValue, err)
 	}
 	return v, nil
 }

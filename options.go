@@ -91,7 +91,7 @@ func requireClient(ctx context.Context, client *clientv3.Client) error {
 		panic("etcdutil: nil client")
 	}
 	if client.ActiveConnection() == nil {
-		return errors.New("etcdutil: client has no connection (clientv3.NewCtxClient makes such a one)")
+		return errors.New("etcdutil: client has no connection: clientv3.NewCtxClient makes none")
 	}
 	return nil
 }

@@ -179,7 +179,7 @@ func (c *watchConfig) validate(key string) error {
 	case c.from < 0:
 		return fmt.Errorf("etcdutil: WithRevision is negative: %d", c.from)
 	case c.from > 0 && c.snapshot:
-		return errors.New("etcdutil: WithRevision beside WithSnapshot, which begins with what there is")
+		return errors.New("etcdutil: WithRevision cannot be combined with WithSnapshot")
 	}
 	return c.retry.validate()
 }

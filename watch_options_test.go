@@ -66,3 +66,13 @@ func TestWatchesOfOneClientAreNotDelayedByAReaderThatIsStuck(t *testing.T) {
 		require.EqualValues(t, version+1, next(t, stuck).Version)
 	}
 }
+
+func TestWatchErrorOfRawNamesThePackageOnce(t *testing.T) {
+	t.Parallel()
+	client := testCluster.Client(t)
+	w := mustWatch[int](t, client, nameOf(t), WithCodec(Raw))
+	mustPut(t, client, nameOf(t), "v")
+	require.EqualError(t, next(t, w).Err, "etcdutil: invalid value: the Raw codec decodes into string and []byte, not *int")
+	_, err := Register(t.Context(), client, nameOf(t), 1, WithCodec(Raw))
+	require.ErrorContains(t, err, "v cannot be encoded: the Raw codec takes string and []byte, not int")
+}
