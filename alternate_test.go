@@ -104,7 +104,7 @@ func (p *turnTaker) harm() {
 	}
 }
 
-func TestProcessesThatTakeTurnsAtALogWriteOneSequence(t *testing.T) {
+func TestLogOfProcessesThatTakeTurnsIsOneSequence(t *testing.T) {
 	t.Parallel()
 	duration := 30 * time.Second
 	if testing.Short() {

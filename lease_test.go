@@ -58,12 +58,12 @@ func TestLeaseTTLIsRoundedUpToSeconds(t *testing.T) {
 	require.Equal(t, 3*time.Second, mustLease(t, testCluster.Client(t), 2001*time.Millisecond).TTL())
 }
 
-func TestServerMayGrantMoreThanAsked(t *testing.T) {
+func TestLeaseMayBeGrantedForLongerThanAsked(t *testing.T) {
 	lease := mustLease(t, testCluster.Client(t), time.Millisecond)
 	require.Equal(t, 2*time.Second, lease.TTL(), "etcd's minimum")
 }
 
-func TestEachEndOfALeaseHasItsOwnCause(t *testing.T) {
+func TestLeaseHasACauseOfItsOwnForEachEnd(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	parentEnded := errors.New("parent's own cause")
@@ -153,7 +153,7 @@ func TestNilArgumentsPanic(t *testing.T) {
 	require.Panics(t, func() { _ = Do(t.Context(), client, "a", nil) })
 }
 
-func TestLostReplyToAGrantLeavesOneLease(t *testing.T) {
+func TestLeaseGrantAfterALostReplyLeavesOneLease(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	direct := cluster.Client(t)
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
@@ -172,7 +172,7 @@ func TestLostReplyToAGrantLeavesOneLease(t *testing.T) {
 	require.Empty(t, leases(t, direct))
 }
 
-func TestGrantThatIsGivenUpIsRevokedBehindTheCaller(t *testing.T) {
+func TestLeaseGrantThatIsGivenUpIsRevokedInTheBackground(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	direct := cluster.Client(t)
 	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
@@ -192,7 +192,7 @@ func TestGrantThatIsGivenUpIsRevokedBehindTheCaller(t *testing.T) {
 
 // A lease's context must end before the server can give its keys away, whenever in the cycle of
 // renewals the fault comes.
-func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
+func TestLockEndsBeforeAnotherHoldsItWheneverItsHolderIsCutOff(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
 	const phases = 8
@@ -219,12 +219,12 @@ func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
 				}
 				link.Cut()
 
-				within(t, ttl, holder.Done(), "the holder is told within its TTL")
+				within(t, ttl, holder.Done(), "the context ends within the TTL")
 				require.ErrorIs(t, context.Cause(holder), ErrLockLost)
 				require.ErrorIs(t, context.Cause(holder), ErrLeaseExpired)
 				within(t, ttl+5*time.Second, next.done, "the next one holds")
 				require.NoError(t, next.err)
-				require.False(t, before.Load(), "another held the lock before the holder was told")
+				require.False(t, before.Load(), "another held the lock before the context ended")
 				require.Greater(t, next.v.Token(), holder.Token())
 				require.NoError(t, next.v.Close())
 				require.ErrorIs(t, holder.Close(), ErrLockLost)
@@ -233,7 +233,7 @@ func TestHolderIsToldBeforeAnotherHoldsWheneverItIsCutOff(t *testing.T) {
 	}
 }
 
-func TestHolderCutOffRightAfterTheGrantIsToldWithinItsTTLOfTheCall(t *testing.T) {
+func TestLeaseThatIsCutOffRightAfterTheGrantEndsWithinItsTTLOfTheCall(t *testing.T) {
 	t.Parallel()
 	link := etcdtest.StartLink(t, testCluster.Endpoints()[0])
 	client, err := clientv3.New(clientv3.Config{
@@ -253,7 +253,7 @@ func TestHolderCutOffRightAfterTheGrantIsToldWithinItsTTLOfTheCall(t *testing.T)
 	require.ErrorIs(t, lease.Close(), ErrLeaseExpired)
 }
 
-func TestFaultsShorterThanTheTTLEndNothing(t *testing.T) {
+func TestLeaseOutlivesFaultsShorterThanItsTTL(t *testing.T) {
 	t.Parallel()
 	// From the last renewal until the context ends there are TTL - margin = 5.4 s; a fault of 3 s
 	// leaves time to spare even if it begins just before a renewal: 1.4 s, for a machine that is
@@ -303,7 +303,7 @@ func TestLeaseSurvivesARestartOfEtcd(t *testing.T) {
 	require.NoError(t, lock.Close())
 }
 
-func TestCloseOfALeaseHasOneResultAndIsBoundedWhileEtcdIsGone(t *testing.T) {
+func TestLeaseCloseHasOneResultAndIsBoundedWhileEtcdIsGone(t *testing.T) {
 	t.Parallel()
 	client, link := linkedClient(t)
 	const ttl = 5 * time.Second // enough to begin to close it in, however slow
@@ -336,7 +336,7 @@ func TestLeaseOfAClosedClientRunsOutQuietly(t *testing.T) {
 	require.Error(t, err, "at once, and not when the retries are used up")
 }
 
-func TestParentsEndStopsRenewalAndReleasesNothing(t *testing.T) {
+func TestLeaseIsNeitherRenewedNorReleasedAfterItsParentsEnd(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	parent, cancel := context.WithCancel(context.Background())
@@ -387,7 +387,7 @@ func TestLeaseEndsOneMarginBeforeTheTTLOfTheLastAnsweredRenewal(t *testing.T) {
 	})
 }
 
-func TestAnswerThatComesTooLateExtendsNothing(t *testing.T) {
+func TestLeaseIsNotExtendedByAnAnswerThatComesTooLate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := &leaseServer{ttl: 10}
 		client := server.start(t)

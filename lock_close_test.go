@@ -442,7 +442,7 @@ func (w lingeringWatcher) Watch(ctx context.Context, key string, opts ...clientv
 	return responses
 }
 
-func TestLocksOfALeaseAreToldThoughAWatchLingers(t *testing.T) {
+func TestLocksOfALeaseEndThoughAWatchLingers(t *testing.T) {
 	t.Parallel()
 	client := newClient(t, testCluster.Endpoints()...)
 	client.Watcher = lingeringWatcher{client.Watcher}

@@ -284,7 +284,7 @@ func TestCommitOfUnknownOutcomeIsNotDeniedByTheCauseOfItsContext(t *testing.T) {
 	}
 }
 
-func TestCommitsAreSerialisedAndHold127Operations(t *testing.T) {
+func TestCommitsAreSerializedAndHold127Operations(t *testing.T) {
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
 	op := func(i int) clientv3.Op { return clientv3.OpPut(fmt.Sprintf("%s-%d", nameOf(t), i), "") }
@@ -314,7 +314,7 @@ func TestCommitsAreSerialisedAndHold127Operations(t *testing.T) {
 }
 
 // Without space left etcd says of a write that it failed, whether it has applied it or not.
-func TestCommitWithoutSpaceLeftTellsWhetherItWasApplied(t *testing.T) {
+func TestCommitWithoutSpaceLeftReportsWhetherItWasApplied(t *testing.T) {
 	var before, after atomic.Bool
 	noSpace := rpctypes.ErrGRPCNoSpace
 	client := interceptedClient(t, func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
@@ -456,7 +456,7 @@ func TestCommitThatIsNotRepeatedIsStillReadBack(t *testing.T) {
 	require.NoError(t, committing.err)
 }
 
-func TestElapsedBoundsAllThatACommitOrWriteDoes(t *testing.T) {
+func TestCommitAndLogWriteAreBoundedByElapsedInAllThatTheyDo(t *testing.T) {
 	t.Parallel()
 	const elapsed = 4 * time.Second
 	client, link := linkedClient(t)
@@ -810,7 +810,7 @@ type panickingCodec struct{ Codec }
 
 func (panickingCodec) Marshal(any) ([]byte, error) { panic("the codec's") }
 
-func TestWriteReturnsAnErrorWhereTheCodecPanics(t *testing.T) {
+func TestLogWriteReturnsAnErrorWhereTheCodecPanics(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	w := mustWriter[string](t, mustAcquire(t, client, nameOf(t)), nameOf(t), WithCodec(panickingCodec{JSON}))

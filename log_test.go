@@ -203,7 +203,7 @@ func TestLogIsWrittenAndRead(t *testing.T) {
 	require.NoError(t, lock.Close())
 }
 
-func TestDeletedLogStartsAgainAtVersionOneAndItsReadersGoOn(t *testing.T) {
+func TestLogThatIsDeletedStartsAgainAtVersionOneAndItsReadersGoOn(t *testing.T) {
 	t.Parallel()
 	client, name := newClient(t, testCluster.Endpoints()...), nameOf(t)
 	lock := mustAcquire(t, client, name)
@@ -226,7 +226,7 @@ func TestDeletedLogStartsAgainAtVersionOneAndItsReadersGoOn(t *testing.T) {
 	nothingToRead(t, every)
 }
 
-func TestWriteUnderALostLockWritesNothing(t *testing.T) {
+func TestLogWriteUnderALostLockWritesNothing(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
 	for name, lose := range map[string]func(t *testing.T, lock *Lock, link *etcdtest.Link){
@@ -275,7 +275,7 @@ func TestWriteUnderALostLockWritesNothing(t *testing.T) {
 	}
 }
 
-func TestForeignWriteIsAConflictAndNoLossOfTheLock(t *testing.T) {
+func TestLogConflictIsNoLossOfTheLock(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
 	for name, c := range map[string]struct {
@@ -331,7 +331,7 @@ func TestForeignWriteIsAConflictAndNoLossOfTheLock(t *testing.T) {
 	}
 }
 
-func TestLostReplyToAWriteIsNoFailureAndNoSecondEntry(t *testing.T) {
+func TestLogWriteAfterALostReplyIsNoFailureAndNoSecondEntry(t *testing.T) {
 	t.Parallel()
 	client, link, opts := linkedLocker(t, false)
 	direct := testCluster.Client(t)
@@ -349,7 +349,7 @@ func TestLostReplyToAWriteIsNoFailureAndNoSecondEntry(t *testing.T) {
 	mustReadValues(t, every, 1, "a", "b")
 }
 
-func TestWriteIsAppliedOnceHoweverItsRepliesAreLost(t *testing.T) {
+func TestLogWriteIsAppliedOnceHoweverItsRepliesAreLost(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -375,7 +375,7 @@ func TestWriteIsAppliedOnceHoweverItsRepliesAreLost(t *testing.T) {
 
 // A Write's request is held back until after the Write has timed out. It lands before the next
 // Write, under it, or after it.
-func TestWriteThatLandsUnderTheNextOneIsReportedWronglyByNeither(t *testing.T) {
+func TestLogWriteThatLandsUnderTheNextOneIsReportedWronglyByNeither(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -412,7 +412,7 @@ func TestWriteThatLandsUnderTheNextOneIsReportedWronglyByNeither(t *testing.T) {
 	require.Empty(t, written, "what was reported as written is there")
 }
 
-func TestWriteAfterAnUnknownOutcomeFindsOutFirst(t *testing.T) {
+func TestLogWriteAfterAnUnknownOutcomeFindsOutFirst(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
 	for name, c := range map[string]struct {
@@ -463,7 +463,7 @@ func TestWriteAfterAnUnknownOutcomeFindsOutFirst(t *testing.T) {
 	}
 }
 
-func TestUnknownWriteThatLandsBetweenLookingAndWritingIsNoConflict(t *testing.T) {
+func TestLogWriteOfUnknownOutcomeThatLandsBetweenLookingAndWritingIsNoConflict(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -478,7 +478,7 @@ func TestUnknownWriteThatLandsBetweenLookingAndWritingIsNoConflict(t *testing.T)
 	mustWrite(t, w, 2, "b")
 }
 
-func TestUnknownWriteIsRecognisedThoughItsBufferIsUsedAgain(t *testing.T) {
+func TestLogWriteOfUnknownOutcomeIsRecognizedThoughItsBufferIsUsedAgain(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	w := mustWriter[[]byte](t, mustAcquire(t, client, nameOf(t)), nameOf(t), WithCodec(Raw))
@@ -488,7 +488,7 @@ func TestUnknownWriteIsRecognisedThoughItsBufferIsUsedAgain(t *testing.T) {
 	mustWrite(t, w, 2, buffer)
 }
 
-func TestNewWriterIsNotSurprisedByWhatAnEarlierOneLeftOpen(t *testing.T) {
+func TestLogWriterIsNotSurprisedByWhatAnEarlierOneLeftOpen(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -503,7 +503,7 @@ func TestNewWriterIsNotSurprisedByWhatAnEarlierOneLeftOpen(t *testing.T) {
 // The first attempt is held back, and somebody writes the log before the second. Were that all, the
 // first could still be applied when it arrives, for the log may be deleted by then. In a log that
 // was not there it may have been applied and deleted before the other one wrote.
-func TestWriteInConflictCanNoLongerArrive(t *testing.T) {
+func TestLogWriteInConflictCanNoLongerArrive(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
 	for name, before := range map[string][]string{"a log that is there": {"0"}, "a log that is not": nil} {
@@ -531,7 +531,7 @@ func TestWriteInConflictCanNoLongerArrive(t *testing.T) {
 }
 
 // clientv3 repeats by itself what was answered Canceled, and returns only the second result.
-func TestWriteThatClientv3HasSentTwiceIsNotTakenForAnothers(t *testing.T) {
+func TestLogWriteThatClientv3HasSentTwiceIsNotTakenForAnothers(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -556,7 +556,7 @@ func TestWriteThatClientv3HasSentTwiceIsNotTakenForAnothers(t *testing.T) {
 	require.Equal(t, "b", value)
 }
 
-func TestWriterThatLostItsLockDoesNotTakeTheNextOnesEntryForItsOwn(t *testing.T) {
+func TestLogWriterThatLostItsLockDoesNotTakeTheNextOnesEntryForItsOwn(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	lost := mustAcquire(t, client, nameOf(t))
@@ -569,7 +569,7 @@ func TestWriterThatLostItsLockDoesNotTakeTheNextOnesEntryForItsOwn(t *testing.T)
 }
 
 // As above, but the log is deleted and the first attempt arrives before that has been prevented.
-func TestWriteThatArrivesAfterAllWhileItsConflictIsSettledIsNotDenied(t *testing.T) {
+func TestLogWriteThatArrivesAfterAllWhileItsConflictIsSettledIsNotDenied(t *testing.T) {
 	t.Parallel()
 	direct := testCluster.Client(t)
 	client, faults := faultyClient(t)
@@ -593,7 +593,7 @@ func TestWriteThatArrivesAfterAllWhileItsConflictIsSettledIsNotDenied(t *testing
 }
 
 // A lock ends before its key is gone, and until then etcd still applies what was sent.
-func TestWriteThatArrivesAfterItsLockHasEndedIsNotDenied(t *testing.T) {
+func TestLogWriteThatArrivesAfterItsLockHasEndedIsNotDenied(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	once := WithRetryPolicy(RetryPolicy{Attempts: 1})
@@ -620,7 +620,7 @@ func TestWriteThatArrivesAfterItsLockHasEndedIsNotDenied(t *testing.T) {
 
 // Without its lock's key a Write that is still under way can no longer arrive, and the log shows
 // that it has not.
-func TestWriteWhoseLocksKeyIsGoneIsDenied(t *testing.T) {
+func TestLogWriteWhoseLocksKeyIsGoneIsDenied(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	direct := testCluster.Client(t)
@@ -639,7 +639,7 @@ func TestWriteWhoseLocksKeyIsGoneIsDenied(t *testing.T) {
 	}, "it is denied")
 }
 
-func TestWriteOfTooMuchIsRefusedAndChangesNothing(t *testing.T) {
+func TestLogWriteOfTooMuchIsRefusedAndChangesNothing(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	w := mustWriter[string](t, mustAcquire(t, client, nameOf(t)), nameOf(t), WithCodec(Raw))
@@ -657,7 +657,7 @@ func TestWriteOfTooMuchIsRefusedAndChangesNothing(t *testing.T) {
 	mustWrite(t, w, 2, "b", strings.Repeat("x", 1500_000))
 }
 
-func TestValueThatCannotBeEncodedIsNotSent(t *testing.T) {
+func TestLogValueThatCannotBeEncodedIsNotSent(t *testing.T) {
 	t.Parallel()
 	client, requests := countingClient(t, isKeyCheck)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -675,7 +675,7 @@ func TestValueThatCannotBeEncodedIsNotSent(t *testing.T) {
 	mustWrite(t, encoded, 1, any("a"))
 }
 
-func TestWriterWindsDownUntilItOrItsLockIsClosed(t *testing.T) {
+func TestLogWriterWindsDownUntilItOrItsLockIsClosed(t *testing.T) {
 	t.Parallel()
 	client, requests := countingClient(t, isKeyCheck)
 	parent, cancel := context.WithCancelCause(context.Background())
@@ -710,7 +710,7 @@ func TestWriterWindsDownUntilItOrItsLockIsClosed(t *testing.T) {
 	require.NoError(t, w.Close())
 }
 
-func TestWriterEndsWithItsLockOrOnClose(t *testing.T) {
+func TestLogWriterEndsWithItsLockOrOnClose(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -727,7 +727,7 @@ func TestWriterEndsWithItsLockOrOnClose(t *testing.T) {
 	require.NoError(t, second.Close())
 }
 
-func TestConcurrentWritesTakeTurns(t *testing.T) {
+func TestLogWritesTakeTurns(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -755,7 +755,7 @@ func TestConcurrentWritesTakeTurns(t *testing.T) {
 	}
 }
 
-func TestWriteEndsWithItsContextWhileItWaitsForItsTurn(t *testing.T) {
+func TestLogWriteEndsWithItsContextWhileItWaitsForItsTurn(t *testing.T) {
 	t.Parallel()
 	client, faults := faultyClient(t)
 	w := mustWriter[string](t, mustAcquire(t, client, nameOf(t)), nameOf(t))
@@ -776,7 +776,7 @@ func TestWriteEndsWithItsContextWhileItWaitsForItsTurn(t *testing.T) {
 	require.EqualValues(t, 1, versionOf(t, client, nameOf(t)))
 }
 
-func TestWriterHasTheRetryPolicyOfItsLockUnlessGivenItsOwn(t *testing.T) {
+func TestLogWriterHasTheRetryPolicyOfItsLockUnlessGivenItsOwn(t *testing.T) {
 	t.Parallel()
 	hasty := WithRetryPolicy(RetryPolicy{Elapsed: 2 * time.Second})
 	for name, c := range map[string]struct {
@@ -866,7 +866,7 @@ func newLog(t *testing.T) (cluster *etcdtest.Cluster, w *LogWriter[string], clie
 	return cluster, mustWriter[string](t, lock, nameOf(t)), client
 }
 
-func TestReaderThatIsSlowerThanTheWriterSkipsToTheLatest(t *testing.T) {
+func TestLogReaderThatIsSlowerThanTheWriterSkipsToTheLatest(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	w := mustWriter[int](t, mustAcquire(t, client, nameOf(t)), nameOf(t))
@@ -899,7 +899,7 @@ func bothWays(t *testing.T, test func(t *testing.T, client *clientv3.Client, loc
 	}
 }
 
-func TestReaderOfALogThatIsNotThereWaitsForIt(t *testing.T) {
+func TestLogReaderOfALogThatIsNotThereWaitsForIt(t *testing.T) {
 	t.Parallel()
 	bothWays(t, func(t *testing.T, client *clientv3.Client, lock *Lock, opts ...LogOption) {
 		r := mustReader[string](t, client, nameOf(t), opts...)
@@ -913,7 +913,7 @@ func TestReaderOfALogThatIsNotThereWaitsForIt(t *testing.T) {
 	})
 }
 
-func TestEveryEntryIsReadInOrderFromARevisionOn(t *testing.T) {
+func TestLogReaderReadsEveryEntryInOrderFromARevisionOn(t *testing.T) {
 	t.Parallel()
 	_, w, client := newLog(t)
 	var entries []Entry[string]
@@ -948,7 +948,7 @@ func TestEveryEntryIsReadInOrderFromARevisionOn(t *testing.T) {
 	}
 }
 
-func TestReaderFromACompactedRevisionIsAGapAtOnce(t *testing.T) {
+func TestLogReaderFromACompactedRevisionIsAGapAtOnce(t *testing.T) {
 	t.Parallel()
 	_, w, client := newLog(t)
 	mustWrite(t, w, 1, "a", "b", "c", "d")
@@ -983,7 +983,7 @@ func linked(t *testing.T, cluster *etcdtest.Cluster) (*clientv3.Client, *etcdtes
 }
 
 // Where it is compacted again between two reads, the reader looks again.
-func TestReaderOutlivesACompactionWhileItBegins(t *testing.T) {
+func TestLogReaderOutlivesACompactionWhileItBegins(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	direct := cluster.Client(t)
@@ -1007,7 +1007,7 @@ func TestReaderOutlivesACompactionWhileItBegins(t *testing.T) {
 	require.ErrorIs(t, err, ErrGap)
 }
 
-func TestEntriesBeforeAGapAreReadAndThenItIsTold(t *testing.T) {
+func TestLogReaderReadsTheEntriesBeforeAGapAndThenReturnsErrGap(t *testing.T) {
 	t.Parallel()
 	cluster, w, client := newLog(t)
 	far, link := linked(t, cluster)
@@ -1062,7 +1062,7 @@ func (c refusingCodec) Unmarshal(data []byte, v any) error {
 	return c.Codec.Unmarshal(data, v)
 }
 
-func TestGapIsToldThoughTheEntryBeforeItDoesNotDecode(t *testing.T) {
+func TestLogReaderReturnsErrGapThoughTheEntryBeforeItDoesNotDecode(t *testing.T) {
 	t.Parallel()
 	cluster, w, client := newLog(t)
 	far, link := linked(t, cluster)
@@ -1082,7 +1082,7 @@ func TestGapIsToldThoughTheEntryBeforeItDoesNotDecode(t *testing.T) {
 	require.ErrorIs(t, told[1], ErrGap)
 }
 
-func TestAllEndsWhenTheLoopIsLeftAndGoesOnInTheNext(t *testing.T) {
+func TestLogReaderAllEndsWhenTheLoopIsLeftAndGoesOnInTheNext(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -1098,7 +1098,7 @@ func TestAllEndsWhenTheLoopIsLeftAndGoesOnInTheNext(t *testing.T) {
 	require.NoError(t, r.Err(), "it is the reader that goes on")
 }
 
-func TestAllEndsWithoutAnErrorOnCloseAndWithTheParent(t *testing.T) {
+func TestLogReaderAllEndsWithoutAnErrorOnCloseAndWithTheParent(t *testing.T) {
 	t.Parallel()
 	shutdown := errors.New("shutting down")
 	bothWays(t, func(t *testing.T, client *clientv3.Client, lock *Lock, opts ...LogOption) {
@@ -1143,7 +1143,7 @@ func TestAllEndsWithoutAnErrorOnCloseAndWithTheParent(t *testing.T) {
 	})
 }
 
-func TestEntryThatDoesNotDecodeIsAnErrorAndTheReaderGoesOn(t *testing.T) {
+func TestLogEntryThatDoesNotDecodeIsAnErrorAndTheReaderGoesOn(t *testing.T) {
 	t.Parallel()
 	bothWays(t, func(t *testing.T, client *clientv3.Client, lock *Lock, opts ...LogOption) {
 		r := mustReader[string](t, client, nameOf(t), opts...)
@@ -1170,7 +1170,7 @@ func TestEntryThatDoesNotDecodeIsAnErrorAndTheReaderGoesOn(t *testing.T) {
 	})
 }
 
-func TestReaderGoesOnAfterResets(t *testing.T) {
+func TestLogReaderGoesOnAfterResets(t *testing.T) {
 	t.Parallel()
 	client, link := linkedClient(t)
 	direct := testCluster.Client(t)
@@ -1216,7 +1216,7 @@ func (c *countingCodec) Unmarshal(data []byte, v any) error {
 	return c.Codec.Unmarshal(data, v)
 }
 
-func TestReadEndsPromptlyWithItsContext(t *testing.T) {
+func TestLogReadEndsPromptlyWithItsContext(t *testing.T) {
 	t.Parallel()
 	bothWays(t, func(t *testing.T, client *clientv3.Client, _ *Lock, opts ...LogOption) {
 		codec := &countingCodec{Codec: JSON}
@@ -1241,7 +1241,7 @@ func TestReadEndsPromptlyWithItsContext(t *testing.T) {
 	})
 }
 
-func TestGoroutinesThatShareAReaderReadEachEntryOnce(t *testing.T) {
+func TestLogReaderSharedByGoroutinesReadsEachEntryOnce(t *testing.T) {
 	t.Parallel()
 	bothWays(t, func(t *testing.T, client *clientv3.Client, lock *Lock, opts ...LogOption) {
 		const entries = 100
@@ -1282,7 +1282,7 @@ func TestGoroutinesThatShareAReaderReadEachEntryOnce(t *testing.T) {
 	})
 }
 
-func TestRawLogHoldsStringsAndBytesAsTheyAre(t *testing.T) {
+func TestLogOfRawHoldsStringsAndBytesAsTheyAre(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	lock := mustAcquire(t, client, nameOf(t))
@@ -1307,7 +1307,7 @@ func TestRawLogHoldsStringsAndBytesAsTheyAre(t *testing.T) {
 	mustReadValues(t, bytesRead, 4, []byte{})
 }
 
-func TestClosedReadersAndWritersLeaveNothing(t *testing.T) {
+func TestLogReadersAndWritersThatAreClosedLeaveNothing(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	client := cluster.Client(t)
 	lock, err := Acquire(t.Context(), client, nameOf(t))

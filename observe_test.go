@@ -363,7 +363,7 @@ func BenchmarkObserved(b *testing.B) {
 	compare(b, 25, []string{"observed", "unobserved"}, []func(n int){turns("observed", counting), turns("unobserved")})
 }
 
-func TestObserverIsToldThatASlowReaderMakesAWatchListAgain(t *testing.T) {
+func TestObserverSeesThatASlowReaderMakesAWatchListAgain(t *testing.T) {
 	t.Parallel()
 	client := testCluster.Client(t)
 	resynced := make(chan WatchEvent, 10)

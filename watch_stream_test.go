@@ -84,7 +84,7 @@ func passwordCluster(t *testing.T, tokenTTL uint) (cluster *etcdtest.Cluster, ad
 
 // clientv3 fetches a token before each stream. Of two members one would always get that request,
 // and the other one the stream.
-func TestStreamsWithAPasswordLeaveASilentConnectionOfTwo(t *testing.T) {
+func TestWatchStreamsWithAPasswordLeaveASilentConnectionOfTwo(t *testing.T) {
 	t.Parallel()
 	cluster, admin := passwordCluster(t, 300)
 	_, err := admin.AuthEnable(t.Context())
@@ -190,7 +190,7 @@ func TestWatchWaitsForAnotherMemberRatherThanReturnToASilentOne(t *testing.T) {
 	}
 }
 
-func TestHubTakesASilentMemberWhenTheOthersDoNotComeBack(t *testing.T) {
+func TestWatchTakesASilentMemberWhenTheOthersDoNotComeBack(t *testing.T) {
 	t.Parallel()
 	client := newClient(t, "a:1", "b:1", "c:1")
 	synctest.Test(t, func(t *testing.T) {
@@ -376,7 +376,7 @@ func TestWatchKeepsItsStreamAfterItsProcessWasSuspended(t *testing.T) {
 
 // Before a watch is resumed etcd sorts the keys of its prefix, to find the newest. It cannot do
 // that for very many watches at once.
-func TestManyWatchesOfALargePrefixAreResumedAfterAReset(t *testing.T) {
+func TestWatchesOfALargePrefixAreResumedAfterAReset(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	writer := cluster.Client(t)
@@ -423,7 +423,7 @@ func TestWatchIsNotMovedOnByProgressFromBeforeIt(t *testing.T) {
 }
 
 // After a compaction most of what watches read to be resumed may be refused.
-func TestBatchFindsOutWithFewReadsWhatIsCompacted(t *testing.T) {
+func TestWatchBatchFindsOutWithFewReadsWhatIsCompacted(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	var sent atomic.Int64

@@ -59,7 +59,7 @@ func mustPut(t testing.TB, client *clientv3.Client, key, value string) Revision 
 	return resp.Header.Revision
 }
 
-func TestWatchTellsEachChange(t *testing.T) {
+func TestWatchSendsEachChange(t *testing.T) {
 	t.Parallel()
 	client, key := newClient(t, testCluster.Endpoints()...), nameOf(t)
 	created := mustPut(t, client, key, `"before"`)
@@ -284,7 +284,7 @@ func cutOff(t testing.TB, writer *clientv3.Client, link *etcdtest.Link, prefix s
 	link.Heal()
 }
 
-func TestWatchWithSnapshotTellsTheDifferenceWhenCompactionOvertookIt(t *testing.T) {
+func TestWatchWithSnapshotSendsTheDifferenceWhenCompactionOvertookIt(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	writer, prefix := cluster.Client(t), nameOf(t)+"/"
@@ -333,7 +333,7 @@ func TestWatchWithoutSnapshotEndsWithErrGapWhenCompactionOvertookIt(t *testing.T
 	require.ErrorIs(t, w.Close(), ErrGap)
 }
 
-func TestWatchTellsItsUnreadEventsBeforeItsError(t *testing.T) {
+func TestWatchSendsItsUnreadEventsBeforeItsError(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	writer, prefix := cluster.Client(t), nameOf(t)+"/"
@@ -369,7 +369,7 @@ func (q *queue) ending() bool {
 	return len(q.changes) > 0 && q.changes[len(q.changes)-1].end != nil
 }
 
-func TestQuietWatchIsNotOvertakenByCompaction(t *testing.T) {
+func TestWatchThatIsQuietIsNotOvertakenByCompaction(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	writer, key := cluster.Client(t), nameOf(t)
@@ -715,7 +715,7 @@ func TestWatchNoticesARestoredCluster(t *testing.T) {
 }
 
 // The same value at the same revision is no change, and another at the same revision is one.
-func TestWatchTellsWhatChangedInARestoredClusterAtTheSameRevision(t *testing.T) {
+func TestWatchSendsWhatChangedInARestoredClusterAtTheSameRevision(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	writer, prefix := cluster.Client(t), nameOf(t)+"/"
@@ -1095,7 +1095,7 @@ func TestWatcherEndsWhenItsClientIsClosed(t *testing.T) {
 	require.ErrorContains(t, err, "client")
 }
 
-func TestRevisionIsExactAfterEachEvent(t *testing.T) {
+func TestWatcherRevisionIsExactAfterEachEvent(t *testing.T) {
 	t.Parallel()
 	cluster := etcdtest.Start(t, 1)
 	client, prefix := cluster.Client(t), nameOf(t)+"/"
@@ -1193,7 +1193,7 @@ func TestWatchFromARevision(t *testing.T) {
 	values(mustWatch[string](t, client, key, WithCodec(Raw), WithRevision(first+13)), 13, 20)
 }
 
-func TestWatchTellsThePreviousValue(t *testing.T) {
+func TestWatchSendsThePreviousValue(t *testing.T) {
 	t.Parallel()
 	client, prefix := newClient(t, testCluster.Endpoints()...), nameOf(t)+"/"
 	mustPut(t, client, prefix+"a", "1")

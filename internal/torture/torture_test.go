@@ -143,7 +143,7 @@ func TestExclusionExcusesNoMoreThanTheProcessWasStalled(t *testing.T) {
 	assert.Len(t, checkExclusion("n", holdings, []stall{{1900 * time.Millisecond, 1990 * time.Millisecond}}).violations, 1)
 }
 
-func TestToldSeesAHolderThatWasToldLateOrNever(t *testing.T) {
+func TestToldSeesAHolderWhoseContextEndedLateOrNever(t *testing.T) {
 	never := func(int, time.Duration, time.Duration) bool { return false }
 	late, unaware, inTime, gone := held(1, 0, 4*sec), held(2, 0, 9*sec), held(3, 0, 2*sec), held(4, 0, 2*sec)
 	late.told, inTime.told = true, true
@@ -221,7 +221,7 @@ func TestRegisterSeesAWriteThatWasAppliedTwice(t *testing.T) {
 	assert.NotEmpty(t, h.checkVersion(2, 3))
 }
 
-func TestLivenessKnowsWhoHasNotHadTheLock(t *testing.T) {
+func TestLivenessFindsWhoHasNotHadTheLock(t *testing.T) {
 	ws := &waiters{}
 	early, late, never := ws.add("n", 0), ws.add("n", 1), ws.add("n", 2)
 	early.had(sec)
@@ -308,7 +308,7 @@ func TestWatchSeesAGapWithoutACompaction(t *testing.T) {
 	assert.NotEmpty(t, segmentSeen(all, &segment{from: 1, upTo: 5, events: eventsOf(all), gap: true, compacted: 5}))
 }
 
-func TestWatchKnowsWhatDoesNotDecodeAndWhatIsDeleted(t *testing.T) {
+func TestWatchPassesWhatDoesNotDecodeAndWhatIsDeleted(t *testing.T) {
 	changes := []change{
 		{key: watched, value: `"a"`, version: 1, revision: 3},
 		{key: watched, value: "?", version: 2, revision: 4},
@@ -350,7 +350,7 @@ func ack(value string, version int64, call, back time.Duration) appended {
 	return appended{value: value, outcome: acknowledged, place: version, call: call, back: back}
 }
 
-func TestLogPassesWhatWasToldTruly(t *testing.T) {
+func TestLogPassesWhatWasReportedTruly(t *testing.T) {
 	all := []appended{ack("a", 1, 0, 1), {value: "b", outcome: unknown, call: 2, back: 3}, {value: "r", outcome: refused}, {value: "u", outcome: unknown}, ack("c", 3, 4, 5)}
 	assert.Empty(t, checkLogged(all, logEntries("a", "b", "c")))
 }
