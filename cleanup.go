@@ -282,9 +282,9 @@ func revokeInBackground(ctx context.Context, c *config, id clientv3.LeaseID, ttl
 	job.runInBackground()
 }
 
-// removeKeys deletes the keys that are attached to the lease: many at once, and each by itself where
-// that is refused. It adds to refused those that etcd refuses to delete, and leaves out those that
-// are there.
+// removeKeys deletes the keys that are attached to the lease: many at once, and each by itself
+// where that is refused. It adds to refused those that etcd refuses to delete, and leaves out those
+// that are there.
 func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string, refused map[string]error) error {
 	keys = slices.DeleteFunc(keys, func(key string) bool { return refused[key] != nil })
 	for batch := range slices.Chunk(keys, 64) {
@@ -311,7 +311,7 @@ func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseI
 func removeAtOnce(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string) error {
 	var gets, deletes []clientv3.Op
 	for _, key := range keys {
-		gets = append(gets, clientv3.OpGet(key, clientv3.WithKeysOnly())) // without the lease, in etcd 3.7
+		gets = append(gets, clientv3.OpGet(key, clientv3.WithKeysOnly())) // no lease, in etcd 3.7
 	}
 	resp, err := client.Txn(ctx).Then(gets...).Commit()
 	if err != nil {

@@ -46,9 +46,9 @@ func WithEveryEntry(from Revision) LogOption {
 
 // WithEntriesAfter makes a reader read every entry after the one of this version, in order. Pass
 // the version of the last entry that an earlier reader has read, and that entry's revision or what
-// [LogReader.Revision] returned after it. Version 0 is for a reader from the first entry on that has
-// read none: at the revision the log must have had none. After another start that has read nothing,
-// use [WithEveryEntry] with one more than LogReader.Revision.
+// [LogReader.Revision] returned after it. Version 0 is for a reader from the first entry on that
+// has read none: at the revision the log must have had none. After another start that has read
+// nothing, use [WithEveryEntry] with one more than LogReader.Revision.
 //
 // The reader ends with [ErrGap] if entries after that one are missing. It does not end because etcd
 // has compacted the revision: a log that was quiet is read on across compaction. A negative version

@@ -484,7 +484,7 @@ func TestMirrorAsOfMindsARestoreToTheSameRevision(t *testing.T) {
 	cluster, key := etcdtest.Start(t, 1), nameOf(t)
 	mustPut(t, cluster.Client(t), key, "0")
 	require.NoError(t, cluster.Backup())
-	client, mirrors := cluster.Client(t), make([]*Mirror[string], 30) // which ask etcd at different times
+	client, mirrors := cluster.Client(t), make([]*Mirror[string], 30) // they ask at different times
 	for i := range mirrors {
 		mirrors[i] = mustMirror[string](t, client, key, WithCodec(Raw))
 	}

@@ -343,7 +343,8 @@ func (k *keeper) set(ctx context.Context, value []byte) error {
 	case result.mayBeApplied && !isUnsendable(err):
 		k.value = value
 		wake(k.changed)
-		return fmt.Errorf("%w: %v", ErrUnknownOutcome, err) // an end that err wraps would say that it was not
+		// An end that err wraps would say that it was not applied.
+		return fmt.Errorf("%w: %v", ErrUnknownOutcome, err)
 	}
 	return k.endedOr(err)
 }

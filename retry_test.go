@@ -445,7 +445,8 @@ func TestErrorsSayWhyThereIsNoConnection(t *testing.T) {
 	}
 }
 
-func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) { // not in parallel: its bounds are short
+// This test is not parallel, because its bounds are short.
+func TestRetryIsQuickThoughAMemberOfThreeFails(t *testing.T) {
 	for name, c := range map[string]struct {
 		fault func(t *testing.T, cluster *etcdtest.Cluster, link *etcdtest.Link)
 		bound time.Duration // of Acquire and of Commit

@@ -510,7 +510,7 @@ type queue struct {
 	changes    []change
 	bytes      int
 	full       bool
-	upTo       Revision // when nothing is queued and inHand is false, everything up to here was received
+	upTo       Revision // all up to here was received, if nothing is queued and inHand is false
 	inHand     bool     // what was taken may not have been received yet
 	held       bool     // the codec is at work, so that nothing is being received; upTo is exact
 }

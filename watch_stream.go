@@ -662,7 +662,7 @@ func (h *watchHub) readRevision(key string) {
 type avoidance struct {
 	since, until time.Time
 	silent       bool     // it gave no answer, or old ones. That costs more time than an error
-	goal         Revision // it was behind: until it shows this revision its answers are no sign of health
+	goal         Revision // it was behind: its answers are no sign of health before this revision
 }
 
 // avoid has the member of a stream that failed avoided for a while.

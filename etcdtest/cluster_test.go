@@ -239,7 +239,8 @@ func TestIsolatedLeaderLosesLeadershipUntilItRejoins(t *testing.T) {
 
 func TestIsolatedFollowerLosesItsLeaderUntilItRejoins(t *testing.T) {
 	t.Parallel()
-	for begin := time.Now(); !leaderStays(t); { // a busy machine may make for an election, but not every time
+	// A busy machine may make for an election, but not every time.
+	for begin := time.Now(); !leaderStays(t); {
 		require.Less(t, time.Since(begin), patience, "the return of a follower must not disturb the leader")
 	}
 }

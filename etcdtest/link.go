@@ -385,8 +385,9 @@ func (c *linkConn) waitUntilDue(ch chunk) bool {
 }
 
 // passes reports whether something may pass now. If not, c is damaged from the same instant: a Heal
-// either came before it and let it pass, or comes after and finds the damage. What lost bytes because
-// its dialer was cut off passes none any more: it may not be reset before the dialer is connected.
+// either came before it and let it pass, or comes after and finds the damage. What lost bytes
+// because its dialer was cut off passes none any more: it may not be reset before the dialer is
+// connected.
 func (c *linkConn) passes(d direction) bool {
 	c.link.mu.Lock()
 	defer c.link.mu.Unlock()

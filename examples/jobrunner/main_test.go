@@ -214,7 +214,8 @@ func requireSameAudit(t *testing.T, client *clientv3.Client, replicas []*replica
 	for _, r := range replicas {
 		eventually(t, func() bool { return strings.Contains(r.log.String(), fmt.Sprintf("msg=audit version=%d ", entries)) }, "the last entry")
 		read := regexp.MustCompile(`msg=audit version=(\d+) `).FindAllStringSubmatch(r.log.String(), -1)
-		require.GreaterOrEqual(t, len(read), int(entries)) // a leader may not have seen yet that there are no more jobs
+		// A leader may not have seen yet that there are no more jobs.
+		require.GreaterOrEqual(t, len(read), int(entries))
 		for i, match := range read {
 			require.Equal(t, fmt.Sprint(i+1), match[1])
 		}

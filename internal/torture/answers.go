@@ -24,7 +24,7 @@ type answers struct {
 	mu      sync.Mutex
 	rand    *rand.Rand
 	spoil   kind   // which fault lasts; empty if none does
-	between func() // runs after etcd has applied a write that is to be disturbed, whose answer is then lost
+	between func() // runs after etcd has applied a disturbed write, whose answer is then lost
 	late    sync.WaitGroup
 }
 

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# Breaks the library on purpose, one way at a time, and shows that the torture sees it: a test that cannot fail proves
-# nothing. The repository is left alone, the breakages are made in copies of it. Needs bash, perl and Go.
+# Breaks the library on purpose, one way at a time, and shows that the torture sees it: a test that
+# cannot fail proves nothing. The repository is left alone, the breakages are made in copies of it.
+# Needs bash, perl and Go.
 #
 #   internal/torture/planted.sh [NAME...]    the breakages to plant; default: all
-#   SEED=7 FOR=60s                           the schedule: all are seen within a minute of faults, and the check behind
+#   SEED=7 FOR=60s                           the schedule: all are seen within a minute of faults,
+#                                            and the check behind
 #
-# Exits with 1 if a breakage no longer applies, does not compile, is not seen, or is seen as something else.
+# Exits with 1 if a breakage no longer applies, does not compile, is not seen, or is seen as
+# something else.
 set -euo pipefail
 exec </dev/null
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -65,7 +68,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		expected='register: .* without its value'
 		replace register.go 'return struct{}{}, k.check(ctx)' '<-k.owner.ctx.Done(); return struct{}{}, nil'
 		;;
-	repetition-not-counted) # takes the last answer to a write for the only one, though clientv3 has sent it twice
+	repetition-not-counted) # takes the last answer for the only one, though clientv3 has sent it twice
 		expected='(commit|log): .* was refused .* but was applied'
 		replace lock_txn.go ' || others > 0' ''
 		;;
@@ -81,7 +84,7 @@ plant() { # NAME: breaks the library in the current directory, and sets $expecte
 		expected='lease: one of a calm host|release: .* Close took|exclusion: .* two held it'
 		replace observe.go 'func (r *reporter) submit(report func()) {' 'func (r *reporter) submit(report func()) { runRecovered(report); return'
 		;;
-	stale-progress) # takes progress that etcd reported before the watch was created for the watch's own
+	stale-progress) # takes progress from before the watch was created for the watch's own
 		expected='watch: .* (instead of|are missing)'
 		replace watch_stream.go 'fresh := rev > r.createdAt || r.stale == 0' 'fresh := true'
 		;;
