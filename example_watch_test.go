@@ -456,3 +456,36 @@ func ExampleWithEntriesAfter() {
 	// 1 <nil>
 	// 2 <nil>
 }
+
+// The version of the last entry and the reader's revision are what to store, for a reader that goes
+// on later.
+func ExampleLogReader_Revision() {
+	ctx, client := context.Background(), exampleClient()
+
+	writeLog("stored", 1, 2, 3)
+	first, err := etcdutil.NewLogReader[int](ctx, client, "stored", etcdutil.WithEveryEntry(0))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	last, err := first.Read(ctx)
+	fmt.Println(last.Value, err)
+	version, revision := last.Version, first.Revision()
+	if err := first.Close(); err != nil {
+		fmt.Println(err)
+		return
+	}
+
+	second, err := etcdutil.NewLogReader[int](ctx, client, "stored",
+		etcdutil.WithEntriesAfter(version, revision))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer second.Close()
+	next, err := second.Read(ctx)
+	fmt.Println(next.Value, err)
+	// Output:
+	// 1 <nil>
+	// 2 <nil>
+}

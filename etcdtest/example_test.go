@@ -88,6 +88,35 @@ func ExampleCluster_Restart() {
 	// restarted: leader 0, hello
 }
 
+func ExampleCluster_Isolate() {
+	cluster, err := etcdtest.New(3)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer cluster.Close()
+	leader := cluster.Leader()
+	if err := cluster.Isolate(leader); err != nil {
+		log.Fatal(err)
+	}
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints: []string{cluster.Endpoints()[(leader+1)%3]}, Logger: zap.NewNop(),
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer client.Close()
+
+	// A member of the majority answers once it has elected another leader.
+	if _, err := client.Get(context.Background(), "greeting"); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println("another leads:", cluster.Leader() != leader)
+	if err := cluster.Rejoin(leader); err != nil {
+		log.Fatal(err)
+	}
+	// Output: another leads: true
+}
+
 func ExampleCluster_Restore() {
 	cluster, err := etcdtest.New(1)
 	if err != nil {
