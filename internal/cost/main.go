@@ -3,10 +3,10 @@
 //
 //	go run ./internal/cost [-only PATTERN]
 //
-// etcd runs in a process of its own, so that what a client costs and what its server does are told
-// apart. Each figure is measured with a new server, and both contestants of a ratio use the same
-// one in turn. Memory is heap and stacks after a garbage collection; CPU is the time of a process,
-// user and system, in milliseconds a second. The figures are in docs/performance.md.
+// etcd runs in a process of its own, so that the costs of client and server are measured apart.
+// Each figure is measured with a new server, and both contestants of a ratio use the same one in
+// turn. Memory is heap and stacks after a garbage collection; CPU is the time of a process, user
+// and system, in milliseconds a second. The figures are in docs/performance.md.
 package main
 
 import (
