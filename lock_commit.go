@@ -352,7 +352,7 @@ func (f *fence) resolve(r txnResult, kv *mvccpb.KeyValue) verdict {
 		return verdictGone
 	case kv == nil:
 		return verdictLost
-	case kv.Version == f.version+1 && string(kv.Value) == f.queue.value:
+	case (r.mayBeApplied || f.pending) && kv.Version == f.version+1 && string(kv.Value) == f.queue.value:
 		return verdictApplied
 	case kv.ModRevision != f.revision:
 		return verdictOverwritten

@@ -380,6 +380,22 @@ func TestCommitIsNotMistakenForAWriteBySomebodyElse(t *testing.T) {
 	require.NoError(t, lock.Close())
 }
 
+func TestCommitDoesNotTakeAnotherWriteOfItsKeyForItsOwn(t *testing.T) {
+	t.Parallel()
+	client, data := testCluster.Client(t), nameOf(t)+"-data"
+	lock := mustAcquire(t, client, nameOf(t), WithValue("v"))
+	_, err := client.Put(t.Context(), lock.Key(), "v", clientv3.WithLease(lock.Lease().ID()))
+	require.NoError(t, err)
+	_, err = lock.Commit(t.Context(), clientv3.OpPut(data, "1"))
+	require.ErrorIs(t, err, ErrUnknownOutcome)
+	require.Zero(t, versionOf(t, client, data))
+	rev, err := lock.Commit(t.Context(), clientv3.OpPut(data, "2"))
+	require.NoError(t, err)
+	resp, err := client.Get(t.Context(), data)
+	require.NoError(t, err)
+	require.Equal(t, rev, resp.Kvs[0].ModRevision)
+}
+
 // A key that was overwritten without its lease holds nothing, and must not be taken over by a later
 // lock on the lease.
 func TestKeyThatSomebodyHasTakenTheLeaseFromIsNoLock(t *testing.T) {
@@ -507,7 +523,7 @@ func TestCommitFenceResolvesByTheKey(t *testing.T) {
 	}{
 		"gone":                       {nil, map[txnResult]verdict{{}: verdictLost, answered: verdictGone, open: verdictGone}},
 		"unchanged":                  {kv(3, 30, "v"), map[txnResult]verdict{{}: verdictNotApplied, answered: verdictNotApplied, open: verdictUnknown}},
-		"incremented":                {kv(4, 40, "v"), map[txnResult]verdict{{}: verdictApplied, answered: verdictApplied, open: verdictApplied}},
+		"incremented":                {kv(4, 40, "v"), map[txnResult]verdict{{}: verdictOverwritten, answered: verdictApplied, open: verdictApplied}},
 		"incremented, another value": {kv(4, 40, "x"), map[txnResult]verdict{{}: verdictOverwritten, answered: verdictOverwritten, open: verdictOverwritten}},
 		"incremented twice":          {kv(5, 50, "v"), map[txnResult]verdict{{}: verdictOverwritten, answered: verdictOverwritten, open: verdictOverwritten}},
 		"created again":              {kv(1, 50, "v"), map[txnResult]verdict{{}: verdictOverwritten, answered: verdictOverwritten, open: verdictOverwritten}},
