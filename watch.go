@@ -507,6 +507,7 @@ type queue struct {
 	mu         sync.Mutex
 	delivering bool          // deliver runs, or it may not begin yet, or it has ended for good
 	taken      chan struct{} // closed by the next take; nil if nobody waits for it
+	news       chan struct{} // closed when settled may say more; nil if nobody waits for it
 	changes    []change
 	bytes      int
 	full       bool
@@ -601,28 +602,27 @@ func (q *queue) take(rev Revision) (changes []change, upTo Revision, wasFull boo
 	q.changes, q.bytes, q.full = nil, 0, false
 	q.inHand = len(changes) > 0
 	q.delivering = q.inHand
-	if q.taken != nil {
-		close(q.taken)
-		q.taken = nil
-	}
+	wakeAll(&q.taken)
+	wakeAll(&q.news)
 	return changes, q.upTo, wasFull
 }
 
 // settled returns up to where everything was received, if that is certain. If not, it returns what
-// is closed by the next take.
+// is closed when it may be.
 func (q *queue) settled() (upTo Revision, unsettled <-chan struct{}) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.held || !q.inHand && len(q.changes) == 0 {
 		return q.upTo, nil
 	}
-	return 0, q.nextTake()
+	return 0, waitOn(&q.news)
 }
 
 func (q *queue) decoding(rev Revision) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.upTo, q.held = rev, true
+	wakeAll(&q.news)
 }
 
 func (q *queue) decoded() {
@@ -660,15 +660,22 @@ func (q *queue) untilTaken() <-chan struct{} {
 	if len(q.changes) == 0 {
 		return nil
 	}
-	return q.nextTake()
+	return waitOn(&q.taken)
 }
 
-// nextTake returns what is closed by the next take. The caller holds the mutex.
-func (q *queue) nextTake() <-chan struct{} {
-	if q.taken == nil {
-		q.taken = make(chan struct{})
+// waitOn returns a channel that is closed by the next wakeAll.
+func waitOn(c *chan struct{}) <-chan struct{} {
+	if *c == nil {
+		*c = make(chan struct{})
 	}
-	return q.taken
+	return *c
+}
+
+func wakeAll(c *chan struct{}) {
+	if *c != nil {
+		close(*c)
+		*c = nil
+	}
 }
 
 func wake(c chan struct{}) {

@@ -1611,3 +1611,19 @@ func TestWatchWhoseCodecEndsTheGoroutineSaysSo(t *testing.T) {
 	_, cause = ends(t, w)
 	require.ErrorIs(t, cause, errCodecExited)
 }
+
+// The codec may take a mutex that a caller of Watcher.Revision holds.
+func TestWatchRevisionIsSettledWhileTheCodecIsAtWork(t *testing.T) {
+	t.Parallel()
+	q := newQueue(func() {})
+	q.begin(4)
+	q.push(change{kind: EventPut, upTo: 6})
+	q.take(4)
+	_, unsettled := q.settled()
+	require.NotNil(t, unsettled)
+	q.decoding(5)
+	<-unsettled
+	rev, unsettled := q.settled()
+	require.Nil(t, unsettled)
+	require.EqualValues(t, 5, rev)
+}
