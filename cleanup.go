@@ -3,6 +3,7 @@ package etcdutil
 import (
 	"container/heap"
 	"context"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -282,16 +283,24 @@ func revokeInBackground(ctx context.Context, c *config, id clientv3.LeaseID, ttl
 	job.runInBackground()
 }
 
+// maxRefused is after how many refusals a sweep gives up. It must end before its attempt does, or
+// the next one comes too soon.
+const maxRefused = 32
+
 // removeKeys deletes the keys that are attached to the lease: many at once, and each by itself
 // where that is refused. It adds to refused those that etcd refuses to delete, and leaves out those
-// that are there.
+// that are there. After too many it gives up.
 func removeKeys(ctx context.Context, client *clientv3.Client, id clientv3.LeaseID, keys []string, refused map[string]error) error {
 	keys = slices.DeleteFunc(keys, func(key string) bool { return refused[key] != nil })
+	// Each has its turn, in one sweep or another.
+	rand.Shuffle(len(keys), func(i, j int) { keys[i], keys[j] = keys[j], keys[i] })
 	for batch := range slices.Chunk(keys, 64) {
 		err := removeAtOnce(ctx, client, id, batch)
 		switch {
 		case err == nil:
 		case isContextError(err) || IsTransient(err): // the others would fare no better
+			return err
+		case len(refused) >= maxRefused:
 			return err
 		case len(keys) == 1:
 			refused[keys[0]] = err

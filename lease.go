@@ -741,7 +741,9 @@ func (s *keySlots) removeDiscarded(ctx context.Context, refused map[string]error
 			return failed
 		}
 		if failed != nil {
-			refused[key] = failed
+			if refused[key] = failed; len(refused) >= maxRefused {
+				return failed
+			}
 			continue
 		}
 		s.setRemoved(key, slot)
