@@ -391,7 +391,7 @@ func (k *keeper) write(ctx context.Context, expected Revision, value []byte, res
 			otherwise: []clientv3.Op{clientv3.OpGet(k.key)},
 		})
 		// What the first write leaves goes with its lease: there a refusal is answer enough.
-		if !seen && (k.accepted != nil || err == nil || IsAmbiguous(err)) {
+		if !seen && (expected != 0 || err == nil || IsAmbiguous(err)) {
 			*result = txnResult{mayBeApplied: true, mayStillApply: true}
 		}
 		switch {
