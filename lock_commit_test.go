@@ -547,13 +547,13 @@ func TestCommitAccountsForEverySending(t *testing.T) {
 		"one answer":                  {[]error{nil}, nil, txnResult{}, true},
 		"refused":                     {[]error{denied}, denied, txnResult{}, true},
 		"never sent":                  {nil, denied, txnResult{}, true},
-		"reset, then an answer":       {[]error{errByProxy, nil}, nil, txnResult{true, true}, true},
-		"two answers":                 {[]error{nil, nil}, nil, txnResult{true, false}, true},
-		"an answer, then refused":     {[]error{nil, denied}, denied, txnResult{true, false}, true},
+		"reset, then an answer":       {[]error{errByProxy, nil}, nil, txnResult{true, true, false}, true},
+		"two answers":                 {[]error{nil, nil}, nil, txnResult{true, false, true}, true},
+		"an answer, then refused":     {[]error{nil, denied}, denied, txnResult{true, false, true}, true},
 		"an old token, then answered": {[]error{rpctypes.ErrGRPCInvalidAuthToken, nil}, nil, txnResult{}, true},
-		"lost":                        {[]error{unavailable}, unavailable, txnResult{true, true}, true},
-		"no space":                    {[]error{rpctypes.ErrGRPCNoSpace}, rpctypes.ErrNoSpace, txnResult{true, false}, true},
-		"reset, then no space":        {[]error{errByProxy, rpctypes.ErrGRPCNoSpace}, rpctypes.ErrNoSpace, txnResult{true, true}, true},
+		"lost":                        {[]error{unavailable}, unavailable, txnResult{true, true, false}, true},
+		"no space":                    {[]error{rpctypes.ErrGRPCNoSpace}, rpctypes.ErrNoSpace, txnResult{true, false, false}, true},
+		"reset, then no space":        {[]error{errByProxy, rpctypes.ErrGRPCNoSpace}, rpctypes.ErrNoSpace, txnResult{true, true, false}, true},
 		"answered by an interceptor":  {nil, nil, txnResult{}, false},
 	} {
 		s := &sendings{}
@@ -787,6 +787,18 @@ func TestCommitWhoseAnswerIsNobodysIsUnknown(t *testing.T) {
 	_, err := lock.Commit(t.Context(), clientv3.OpPut(nameOf(t)+"-data", ""))
 	require.ErrorIs(t, err, ErrUnknownOutcome)
 	require.NotErrorIs(t, err, ErrLockLost)
+}
+
+// Somebody may have deleted the log since.
+func TestLogWriterDoesNotDenyAFirstEntryThatWasAnswered(t *testing.T) {
+	t.Parallel()
+	answered := txnResult{mayBeApplied: true, answered: true}
+	for _, held := range []bool{true, false} {
+		for _, failure := range []error{nil, errors.New("failed")} {
+			require.Equal(t, verdictUnknown, position{}.resolve(answered, "b", failure, nil, held))
+		}
+	}
+	require.Equal(t, verdictLost, position{}.resolve(txnResult{mayBeApplied: true}, "b", nil, nil, false))
 }
 
 func TestLogWriterResolvesByTheLog(t *testing.T) {

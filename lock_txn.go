@@ -30,6 +30,7 @@ func linearized(guards []clientv3.Cmp) []clientv3.Op {
 type txnResult struct {
 	mayBeApplied  bool // one of the sendings may have been applied
 	mayStillApply bool // one of them may yet be
+	answered      bool // one of them was answered without an error
 }
 
 // send makes one attempt at a transaction and adds to r what it leaves open. seen is false if not
@@ -52,6 +53,7 @@ func (r *txnResult) addOthers(s *sendings, answered bool) (seen bool) {
 	if answered {
 		others--
 	}
+	r.answered = r.answered || others > 0
 	r.mayBeApplied = r.mayBeApplied || s.result.mayBeApplied || others > 0
 	r.mayStillApply = r.mayStillApply || s.result.mayStillApply
 	return others >= 0

@@ -334,6 +334,8 @@ func (p position) resolve(r txnResult, data string, failure error, entry *mvccpb
 		return verdictGone // the next holder may have written the same
 	case p.precedes(entry, data):
 		return verdictApplied
+	case r.answered && entry == nil && now == p: // the first entry may have been deleted since
+		return verdictUnknown
 	case r.mayBeApplied && now != p && (now.version != p.version+1 || now.created != p.created):
 		return verdictUnknown
 	case !held:
