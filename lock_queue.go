@@ -273,11 +273,15 @@ func errIfHeld(ctx context.Context, c *config, p RetryPolicy, name string, free 
 	return err
 }
 
+// leastLeaseDigits is how many digits a lease ID has at least, if etcd has chosen it.
+const leastLeaseDigits = 8
+
 // likelyPredecessor returns the newest older key that looks like a contender's. Whether it has a
 // lease is not known yet.
 func (c *contender) likelyPredecessor(kvs []*mvccpb.KeyValue) *mvccpb.KeyValue {
 	for _, kv := range olderChildren(c.name, kvs, c.token) {
-		if strings.Trim(string(kv.Key[len(prefix(c.name)):]), "0123456789abcdef-") == "" {
+		id := string(kv.Key[len(prefix(c.name)):])
+		if len(id) >= leastLeaseDigits && strings.Trim(id, "0123456789abcdef-") == "" {
 			return kv
 		}
 	}
