@@ -407,7 +407,7 @@ func (c *contender) waitDeleted(ctx context.Context, predecessor *mvccpb.KeyValu
 		case err := <-gone:
 			return err
 		case <-ctx.Done():
-			return contextError(ctx)
+			return withConnectionError(c.config.client, contextError(ctx))
 		}
 	}
 }

@@ -18,7 +18,9 @@ import (
 	"go.etcd.io/etcd/client/v3/concurrency"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 )
 
 func TestQueueIsFirstComeFirstServed(t *testing.T) {
@@ -575,4 +577,37 @@ func TestQueueOfTwoNamespacesOnOneLeaseSharesNoKey(t *testing.T) {
 	}
 	require.NoError(t, held.Err())
 	require.NoError(t, held.Close())
+}
+
+// A key of digits without a lease is nobody's, and need not be watched to find that out.
+func TestAcquireDoesNotWatchAKeyThatOnlyLooksLikeAContender(t *testing.T) {
+	t.Parallel()
+	client := newClientWith(t, grpc.WithChainStreamInterceptor(func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		if strings.HasSuffix(method, "/Watch") {
+			return nil, status.Error(codes.Unavailable, "no watch")
+		}
+		return streamer(ctx, desc, cc, method, opts...)
+	}))
+	for _, suffix := range []string{"", "7", "1234"} {
+		mustPut(t, client, nameOf(t)+"/"+suffix, "")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	lock, err := Acquire(ctx, client, nameOf(t))
+	require.NoError(t, err)
+	require.NoError(t, lock.Close())
+}
+
+func TestAcquireThatWaitedSaysWhyThereIsNoConnection(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	mustAcquire(t, testCluster.Client(t), nameOf(t))
+	waiting := start(func() (*Lock, error) {
+		return Acquire(context.Background(), client, nameOf(t), WithAcquireTimeout(2*time.Second))
+	})
+	waiters(t, testCluster.Client(t), nameOf(t), 2)
+	require.NoError(t, link.Close())
+	within(t, 3*time.Second, waiting.done, "the wait ends")
+	require.ErrorIs(t, waiting.err, context.DeadlineExceeded)
+	require.ErrorContains(t, waiting.err, "refused")
 }
