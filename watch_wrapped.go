@@ -102,6 +102,9 @@ func (w *wrappedSource) park() {
 func (w *wrappedSource) run(ctx context.Context, sub *watchSub) {
 	for failed := 0; ctx.Err() == nil; {
 		if sub.next != 0 && !w.check(ctx, sub) {
+			if w.client.Ctx().Err() != nil { // so nothing was decided
+				w.locked(func() { w.failed(ctx, sub, errClientClosed) })
+			}
 			return
 		}
 		if failed > 0 {
