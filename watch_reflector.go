@@ -268,7 +268,45 @@ func (r *reflector) failed(err error) {
 
 func (r *reflector) refused(err error) { r.fail(err) }
 
-func (r *reflector) missed(err error) { r.resyncOrGap(err) }
+func (r *reflector) missed(err error) {
+	if r.mayBeUnchanged(err) {
+		r.listing.Go(func() { r.resumeUnchanged(err) }) // until etcd has answered, or the context ends
+		return
+	}
+	r.resyncOrGap(err)
+}
+
+// mayBeUnchanged reports whether one read can show that nothing was missed although etcd has
+// compacted what came next: whether a single key is as it was after its last change.
+func (r *reflector) mayBeUnchanged(err error) bool {
+	return errors.Is(err, rpctypes.ErrCompacted) && r.sent == nil && !r.prefix && r.past.newest.mod > 0 && !r.past.newest.deleted
+}
+
+// resumeUnchanged resumes the parked watch if its key has not changed.
+func (r *reflector) resumeUnchanged(missed error) {
+	streams := r.source.streams()
+	var opts []clientv3.OpOption
+	if !r.past.newest.hashed {
+		opts = append(opts, clientv3.WithKeysOnly())
+	}
+	policy := RetryPolicy{Elapsed: -1} // until etcd answers
+	resp, err := retry(r.ctx, &r.config, policy, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
+		return r.client.Get(ctx, r.key, opts...)
+	})
+	switch {
+	case r.ctx.Err() != nil:
+	case isTooLarge(err):
+		r.resyncOrGap(missed)
+	case err != nil:
+		r.fail(err)
+	case resp.Header.Revision < r.sub.next, r.past.cluster != 0 && resp.Header.ClusterId != r.past.cluster, !r.past.sameKey(first(resp.Kvs), math.MaxInt64):
+		r.resyncOrGap(missed)
+	default:
+		r.past.seen = resp.Header.Revision
+		r.queue.pass(resp.Header.Revision)
+		r.source.restart(&r.sub, resp.Header.Revision+1, streams)
+	}
+}
 
 func (r *reflector) deliver(events []*mvccpb.Event, upTo Revision) (room bool) {
 	if len(events) == 0 {

@@ -1627,3 +1627,53 @@ func TestWatchRevisionIsSettledWhileTheCodecIsAtWork(t *testing.T) {
 	require.Nil(t, unsettled)
 	require.EqualValues(t, 5, rev)
 }
+
+func TestWatchThroughAWrapperEndsWithItsClientWhileEtcdIsGone(t *testing.T) {
+	t.Parallel()
+	client, link := linkedClient(t)
+	client.KV = namespace.NewKV(client.KV, nameOf(t)+":")
+	client.Watcher = namespace.NewWatcher(client.Watcher, nameOf(t)+":")
+	w := mustWatch[string](t, client, "k", WithCodec(Raw))
+	link.Cut()
+	time.Sleep(idleTimeout + time.Second) // until it asks whether it may be resumed
+	require.NoError(t, client.Close())
+	within(t, 5*time.Second, w.Done(), "the watcher ends")
+	require.ErrorContains(t, context.Cause(w), "client")
+}
+
+func TestWatchOfAKeyThatDidNotChangeOutlivesCompaction(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, key := cluster.Client(t), nameOf(t)
+	for name, change := range map[string]func(){
+		"":         nil,
+		"changed":  func() { mustPut(t, writer, key, "missed") },
+		"replaced": func() { mustDelete(t, writer, key); mustPut(t, writer, key, "1") },
+	} {
+		client, link := linkedTo(t, cluster)
+		mustPut(t, writer, key, "0")
+		w := mustWatch[string](t, client, key, WithCodec(Raw))
+		mustPut(t, writer, key, "1")
+		require.Equal(t, "1", next(t, w).Value)
+		link.Cut()
+		if change != nil {
+			change()
+		}
+		var rev Revision
+		for range 10 {
+			rev = mustPut(t, writer, "other", "")
+		}
+		mustCompact(t, writer, rev)
+		link.Reset()
+		link.Heal()
+		if change != nil {
+			_, cause := ends(t, w)
+			require.ErrorIs(t, cause, ErrGap, name)
+			continue
+		}
+		eventually(t, func() bool { return w.Revision() >= rev }, "it goes on")
+		mustPut(t, writer, key, "2")
+		require.Equal(t, "2", next(t, w).Value)
+		require.NoError(t, w.Close())
+	}
+}
