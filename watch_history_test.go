@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 )
 
@@ -252,4 +253,24 @@ func TestWatchAsksForFragmentsEveryOtherTimeOverASlowLink(t *testing.T) {
 		})
 		return len(asked) == 3
 	}, "fragments are asked for, and then not")
+}
+
+// The keys of a list are read once more, to see that its pages are of one history. Where that takes
+// too long the list does without.
+func TestWatchListsOverALinkTooSlowForAllItsKeysAtOnce(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	name := strings.Repeat("k", 400)
+	for from := 0; from < 600; from += 100 {
+		var ops []clientv3.Op
+		for i := range 100 {
+			ops = append(ops, clientv3.OpPut(fmt.Sprintf("%s/%03d", name, from+i), ""))
+		}
+		mustTxn(t, writer, ops...)
+	}
+	client := newClient(t, slowLink(t, cluster.Endpoints()[0], 40_000))
+	w := mustWatch[string](t, client, name, WithPrefix(), WithSnapshot(), WithCodec(Raw))
+	first, _ := untilSynced(t, w)
+	require.Len(t, first, 600)
 }

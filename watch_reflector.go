@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"math"
-	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -725,17 +725,13 @@ func (r *reflector) verifyListed(rev Revision, listed *keyHash) error {
 	if listed.keys <= minPage || listed.keys > maxVerified {
 		return nil
 	}
-	op := r.watched(r.key, clientv3.WithRev(rev), clientv3.WithKeysOnly())
-	policy := RetryPolicy{Attempts: r.listAttempts(), Elapsed: -1}
-	resp, err := retry(r.ctx, &r.config, policy, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		resp, err := r.client.Do(ctx, op)
-		return resp.Get(), err
-	})
+	limit := int64(maxVerified)
+	resp, err := r.page(r.key, rev, &limit, clientv3.WithKeysOnly())
 	switch {
-	case isTooLarge(err): // for the client
-		return nil
 	case err != nil:
 		return err
+	case limit < maxVerified: // too much at once, for the client or its link
+		return nil
 	}
 	var now keyHash
 	for _, kv := range resp.Kvs {
@@ -783,11 +779,12 @@ const (
 
 // page reads a page, until that succeeds. A page that is too large, or too slow to come, is made
 // smaller.
-func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeResponse, error) {
+func (r *reflector) page(from string, at Revision, limit *int64, opts ...clientv3.OpOption) (*pb.RangeResponse, error) {
 	timeout := pageTimeout
 	for failed := 1; ; failed++ {
 		resp, timedOut, err := attemptOnce(r.ctx, r.client, timeout, func(ctx context.Context) (*pb.RangeResponse, error) {
-			return r.readPage(ctx, r.watched(from, clientv3.WithRev(at), clientv3.WithLimit(*limit)), from, at, *limit)
+			opts := append(slices.Clip(opts), clientv3.WithRev(at), clientv3.WithLimit(*limit))
+			return readPage(ctx, r.client, r.watched(from, opts...), *limit)
 		})
 		switch {
 		case err == nil:
@@ -818,22 +815,20 @@ func (r *reflector) page(from string, at Revision, limit *int64) (*pb.RangeRespo
 
 // readPage bounds the answer, which would be as large as a thousand values can be. A wrapped client
 // offers no way to.
-func (r *reflector) readPage(ctx context.Context, op clientv3.Op, from string, at Revision, limit int64) (*pb.RangeResponse, error) {
-	if reflect.TypeOf(r.client.KV) != kvType {
-		resp, err := r.client.Do(ctx, op)
+func readPage(ctx context.Context, client *clientv3.Client, op clientv3.Op, limit int64) (*pb.RangeResponse, error) {
+	if !hasOwnKV(client) {
+		resp, err := client.Do(ctx, op)
 		return (*pb.RangeResponse)(resp.Get()), err
 	}
 	size := maxPageBytes
 	if limit == 1 {
 		size = math.MaxInt32
 	}
-	resp, err := clientv3.RetryKVClient(r.client).Range(ctx,
-		&pb.RangeRequest{Key: op.KeyBytes(), RangeEnd: op.RangeBytes(), Revision: at, Limit: limit},
+	resp, err := clientv3.RetryKVClient(client).Range(ctx,
+		&pb.RangeRequest{Key: op.KeyBytes(), RangeEnd: op.RangeBytes(), Revision: op.Rev(), Limit: limit, KeysOnly: op.IsKeysOnly()},
 		grpc.WaitForReady(true), grpc.MaxCallRecvMsgSize(size))
 	return resp, rpctypes.Error(err)
 }
-
-var kvType = reflect.TypeOf(clientv3.NewKVFromKVClient(nil, nil))
 
 // pageAfter is how many keys to list next: so many that they have about pageBytes, if they are like
 // those before, but only so many more than before.
