@@ -538,7 +538,13 @@ func (c *logConfig) resolveCompacted(ctx context.Context, name string) error {
 	switch entry := first(then.Kvs); {
 	case c.continues(entry, 0):
 	case c.continues(entry, 1): // etcd keeps it as of then
-		c.head = entry
+		c.head, err = c.readHead(ctx, name, at)
+		if errors.Is(err, rpctypes.ErrCompacted) || err == nil && c.head == nil {
+			return c.resolveCompacted(ctx, name)
+		}
+		if err != nil {
+			return err
+		}
 		c.headFrom = c.after.revision
 	default:
 		return fmt.Errorf("%w: entries after version %d were compacted", ErrGap, c.after.version)
@@ -558,10 +564,21 @@ func (c *logConfig) continues(entry *mvccpb.KeyValue, entries int64) bool {
 	return created && entry.Version == version && (entry.ModRevision <= c.after.revision) == (entries == 0)
 }
 
-// readAt reads the log as of a revision, 0 is now.
+// readAt reads the log as of a revision, 0 is now, but not its value.
 func (c *logConfig) readAt(ctx context.Context, name string, at Revision) (*clientv3.GetResponse, error) {
 	return retry(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return c.client.Get(ctx, name, clientv3.WithRev(at))
+		return c.client.Get(ctx, name, clientv3.WithRev(at), clientv3.WithKeysOnly())
+	})
+}
+
+// readHead reads an entry, however large it is.
+func (c *logConfig) readHead(ctx context.Context, name string, at Revision) (*mvccpb.KeyValue, error) {
+	return retry(ctx, &c.config, c.retry, "read log", func(ctx context.Context) (*mvccpb.KeyValue, error) {
+		resp, err := readPage(ctx, c.client, clientv3.OpGet(name, clientv3.WithRev(at), clientv3.WithLimit(1)), 1)
+		if err != nil {
+			return nil, err
+		}
+		return first(resp.Kvs), nil
 	})
 }
 

@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -1400,4 +1401,42 @@ func TestLogReaderRevisionCountsNoUnreadEntryAfterARestore(t *testing.T) {
 			mustReadValues(t, again, 2, "newer")
 		})
 	}
+}
+
+func TestLogReaderBeginsAtAnEntryLargerThanItsReceiveLimit(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	direct, name := cluster.Client(t), nameOf(t)
+	client, err := clientv3.New(clientv3.Config{Endpoints: cluster.Endpoints(), MaxCallRecvMsgSize: 256 << 10, Logger: zap.NewNop()})
+	require.NoError(t, err)
+	defer client.Close()
+	first := mustPut(t, direct, name, "a")
+	large := strings.Repeat("x", 900_000)
+	rev := mustPut(t, direct, name, large)
+	mustReadValues(t, mustReader[string](t, client, name, WithCodec(Raw), WithEveryEntry(0)), 1, "a", large)
+	mustReadValues(t, mustReader[string](t, client, name, WithCodec(Raw), WithEntriesAfter(1, first)), 2, large)
+	mustCompact(t, direct, rev)
+	mustReadValues(t, mustReader[string](t, client, name, WithCodec(Raw), WithEntriesAfter(1, first)), 2, large)
+	after := mustReader[string](t, client, name, WithCodec(Raw), WithEntriesAfter(2, rev))
+	mustPut(t, direct, name, "c")
+	mustReadValues(t, after, 3, "c")
+}
+
+func TestLogReaderOfAQuietLogOutlivesCompaction(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, name := cluster.Client(t), nameOf(t)
+	client, link := linkedTo(t, cluster)
+	mustPut(t, writer, name, "a")
+	r := mustReader[string](t, client, name, WithCodec(Raw), WithEntriesAfter(0, 0))
+	mustReadValues(t, r, 1, "a")
+	link.Cut()
+	mustCompact(t, writer, mustPut(t, writer, "other", ""))
+	rev := mustPut(t, writer, "other", "")
+	mustCompact(t, writer, rev)
+	link.Reset()
+	link.Heal()
+	eventually(t, func() bool { return r.Revision() >= rev }, "it goes on")
+	mustPut(t, writer, name, "b")
+	mustReadValues(t, r, 2, "b")
 }
