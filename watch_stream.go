@@ -86,6 +86,7 @@ type watchSub struct {
 	behind  bool // its reader was: it gets a stream of its own
 	paused  bool // it is parked until its reader has room, and for no other reason
 	large   bool // a message was too large: it asks for fragments
+	whole   bool // those took too long to make: its messages may be of any size
 	retries int
 
 	home    *watchStream  // where it is, or is about to be; nil while it is parked
@@ -126,6 +127,7 @@ type registration struct {
 	createdAt Revision        // of the member, when it was created
 	since     time.Time       // when it was created
 	lastEvent time.Time       // when events last came
+	begin     Revision        // where it was to begin
 	rest      []*mvccpb.Event // of a revision that goes on in the next fragment
 	asked     int             // requests for progress that were sent before this one
 	stale     int             // answers about progress that may be older than the creation
@@ -156,7 +158,9 @@ const (
 const (
 	// maxMessage is the largest message that a stream takes. After a larger one its watches ask for
 	// fragments. Not before: the server's time for fragments is quadratic in the number of events.
-	maxMessage = 16 << 20
+	// maxLiveMessage is that of the live stream, where most messages are one transaction, which has
+	// to be taken at once anyway.
+	maxMessage, maxLiveMessage = 16 << 20, 64 << 20
 	// maxBacklog is how many revisions a watch may be behind and still return to the live stream.
 	maxBacklog = 1000
 	// maxCatchUps and maxOwn limit streams, because a server may limit those of a client.
@@ -273,7 +277,7 @@ func (r hubRef) start(sub *watchSub) {
 func (r hubRef) restart(sub *watchSub, next Revision, streams int64) {
 	h := r.lock()
 	sub.next, sub.from, sub.known, sub.checkAt = next, next, next-1, streams
-	sub.behind, sub.large, sub.settled = false, false, true
+	sub.behind, sub.large, sub.whole, sub.settled = false, false, false, true
 	h.mu.Unlock()
 	r.start(sub)
 }
@@ -391,12 +395,12 @@ func (h *watchHub) streamFor(sub *watchSub) *watchStream {
 	switch {
 	case sub.forLock:
 		return h.shared(&h.locks, lockStream)
-	case sub.next == 0 || sub.next > h.known || sub.settled && h.known-sub.next < maxBacklog && !sub.behind && !sub.large:
+	case sub.next == 0 || sub.next > h.known || sub.upToDate(h.known):
 		return h.shared(&h.live, liveStream)
 	case sub.home != nil && sub.home.takes(sub):
 		return sub.home
 	case sub.behind && h.count(ownStream) < maxOwn:
-		return h.newStream(ownStream, sub.large)
+		return h.newStream(ownStream, sub.large, sub.whole)
 	}
 	h.catchUps = slices.DeleteFunc(h.catchUps, func(s *watchStream) bool {
 		return s.ended || time.Since(s.born) > catchUpJoins && h.count(catchUpStream) < maxCatchUps
@@ -406,15 +410,20 @@ func (h *watchHub) streamFor(sub *watchSub) *watchStream {
 			return s
 		}
 	}
-	s := h.newStream(catchUpStream, sub.large)
+	s := h.newStream(catchUpStream, sub.large, sub.whole)
 	h.catchUps = append(h.catchUps, s)
 	return s
+}
+
+// upToDate reports whether a watch that was on the live stream may return to it at once.
+func (sub *watchSub) upToDate(known Revision) bool {
+	return sub.settled && known-sub.next < maxBacklog && !sub.behind && !sub.large && !sub.whole
 }
 
 // takes reports whether a watch that is not up to date may be on s.
 func (s *watchStream) takes(sub *watchSub) bool {
 	switch {
-	case s.ended || s.closed || s.fragment != sub.large:
+	case s.ended || s.closed || s.fragment != sub.large || s.whole != sub.whole:
 		return false
 	case s.kind == ownStream:
 		return sub.home == s && sub.behind
@@ -437,17 +446,18 @@ func (h *watchHub) catchingUp() bool { return h.count(catchUpStream)+h.count(own
 // shared returns the stream of a kind of which there is one.
 func (h *watchHub) shared(s **watchStream, kind streamKind) *watchStream {
 	if *s == nil || (*s).ended || (*s).closed {
-		*s = h.newStream(kind, false)
+		*s = h.newStream(kind, false, false)
 	}
 	return *s
 }
 
-func (h *watchHub) newStream(kind streamKind, fragment bool) *watchStream {
+func (h *watchHub) newStream(kind streamKind, fragment, whole bool) *watchStream {
 	now := time.Now()
 	s := &watchStream{
 		hub:      h,
 		kind:     kind,
 		fragment: fragment,
+		whole:    whole,
 		born:     now,
 		used:     now,
 		subs:     make(map[*watchSub]struct{}),
@@ -516,7 +526,7 @@ func (h *watchHub) checked(sub *watchSub, read stateRead, opened int64, resp *cl
 // create has a watch created on an open stream: at home, or on the stream that it is to move to.
 func (h *watchHub) create(sub *watchSub, s *watchStream) {
 	s.lastID++
-	r := &registration{sub: sub, stream: s, id: s.lastID}
+	r := &registration{sub: sub, stream: s, id: s.lastID, begin: sub.next}
 	if sub.current == nil {
 		sub.current = r
 	} else {
@@ -572,7 +582,7 @@ func (h *watchHub) move(sub *watchSub) {
 	case s.number > sub.checkAt && !sub.forLock:
 		// The live stream may have been opened after a restore that this one has yet to notice.
 		h.park(sub)
-		sub.behind, sub.large = false, false
+		sub.behind, sub.large, sub.whole = false, false, false
 		h.place(sub)
 	default:
 		h.create(sub, s)
@@ -747,11 +757,11 @@ func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge
 	if sub.home != s {
 		return
 	}
-	sub.current, sub.home = nil, nil
 	sub.large = sub.large || tooLarge
 	if s.idle && s.served && sub.next <= h.known {
 		sub.tooMuchAtOnce(s)
 	}
+	sub.current, sub.home = nil, nil
 	if sub.moving != nil {
 		sub.current, sub.home, sub.moving = sub.moving, sub.moving.stream, nil
 		return
@@ -767,10 +777,12 @@ func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge
 
 // tooMuchAtOnce has a watch that is behind get less in a message than on a stream that did not
 // answer: over a slow link a large message takes longer than the timeout. If the answers did not
-// come in fragments, it is the other way round: etcd takes long to make those of small events.
+// come in fragments, it is the other way round: etcd takes long to make those of small events. If
+// it did not get a single revision in fragments, then it gets messages of any size.
 func (sub *watchSub) tooMuchAtOnce(s *watchStream) {
 	if s.catchesUp() {
 		sub.large = !s.fragment
+		sub.whole = s.fragment && sub.current != nil && sub.current.begin == sub.next
 	} else {
 		sub.settled = false // what it missed comes by a catch-up stream
 	}
@@ -781,6 +793,7 @@ type watchStream struct {
 	hub      *watchHub
 	kind     streamKind
 	fragment bool
+	whole    bool // it takes messages of any size
 	ctx      context.Context
 	cancel   context.CancelFunc
 	born     time.Time
@@ -871,8 +884,11 @@ func (s *watchStream) open(timeout time.Duration) (pb.Watch_WatchClient, error) 
 // that is stuck.
 func (s *watchStream) openToAny(ctx context.Context, timeout time.Duration) (pb.Watch_WatchClient, error) {
 	limit := maxMessage
-	if s.fragment {
+	switch {
+	case s.fragment || s.whole:
 		limit = math.MaxInt32 // a single event may be larger than fragments are
+	case s.kind == liveStream:
+		limit = maxLiveMessage
 	}
 	defer time.AfterFunc(timeout, s.cancel).Stop()
 	return pb.NewWatchClient(s.hub.client.ActiveConnection()).Watch(ctx, grpc.MaxCallRecvMsgSize(limit))
@@ -1280,7 +1296,7 @@ func (h *watchHub) arrived(sub *watchSub) {
 	sub.current.drop()
 	delete(from.subs, sub)
 	sub.current, sub.home, sub.moving = sub.moving, sub.moving.stream, nil
-	sub.behind, sub.large, sub.settled = false, false, true
+	sub.behind, sub.large, sub.whole, sub.settled = false, false, false, true
 	if sub.forLock {
 		h.readKey(sub)
 	}

@@ -24,6 +24,54 @@ import (
 	"google.golang.org/grpc"
 )
 
+// etcd takes minutes to make fragments of so many small events.
+func TestWatchIsToldOfAHundredThousandDeletionsAtOnce(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	const txns, perTxn, keys = 1_000, 125, 125_000
+	prefix := strings.Repeat("p", 130) + "/"
+	var writing sync.WaitGroup
+	for worker := range 8 {
+		writing.Go(func() {
+			for i := worker; i < txns; i += 8 {
+				ops := make([]clientv3.Op, perTxn)
+				for j := range ops {
+					ops[j] = clientv3.OpPut(fmt.Sprintf("%s%06d", prefix, i*perTxn+j), "")
+				}
+				_, err := writer.Txn(t.Context()).Then(ops...).Commit()
+				assert.NoError(t, err)
+			}
+		})
+	}
+	writing.Wait()
+	client := cluster.Client(t)
+	live, other := mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw)), mustWatch[string](t, client, "other", WithCodec(Raw))
+	opened := hubRef{client}.streams()
+	resp, err := writer.Delete(t.Context(), prefix, clientv3.WithPrefix())
+	require.NoError(t, err)
+	require.EqualValues(t, keys, resp.Deleted)
+	rev := resp.Header.Revision
+	told := func(w *Watcher[string]) {
+		t.Helper()
+		begin := time.Now()
+		for i := range keys {
+			e := next(t, w)
+			if i%1000 == 0 { // require takes longer than what it checks
+				require.Equal(t, Event[string]{Type: EventDelete, Key: fmt.Sprintf("%s%06d", prefix, i), Revision: rev}, e)
+			}
+		}
+		require.Less(t, time.Since(begin), 30*time.Second)
+		t.Log("told in", time.Since(begin))
+	}
+	told(live)
+	otherRev := mustPut(t, writer, "other", "")
+	require.Equal(t, otherRev, next(t, other).Revision)
+	require.Equal(t, opened, hubRef{client}.streams(), "the live stream takes them")
+
+	told(mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithRevision(rev)))
+}
+
 // A list that is larger than what is read ahead fills the queue. What the reader then makes room
 // for is the list, and not a watch that was parked for it.
 func TestWatchListsOnceThoughItsReaderIsSlow(t *testing.T) { // not in parallel: it counts who lists
