@@ -1449,7 +1449,7 @@ func (s *watchStream) handleEvents(resp *pb.WatchResponse) (full bool) {
 	switch {
 	case room:
 		return false
-	case s.kind == catchUpStream && len(s.subs) == 1:
+	case s.kind == catchUpStream && len(s.subs) == 1 && s.hub.count(ownStream) < maxOwn:
 		s.kind = ownStream
 		sub.behind = true
 		fallthrough

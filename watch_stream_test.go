@@ -72,6 +72,37 @@ func TestWatchIsToldOfAHundredThousandDeletionsAtOnce(t *testing.T) {
 	told(mustWatch[string](t, client, prefix, WithPrefix(), WithCodec(Raw), WithRevision(rev)))
 }
 
+// Each begins on a catch-up stream, which becomes its own when it turns out that nobody reads.
+func TestWatchersInThePastThatNobodyReadsTakeFewStreams(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	from := revision(t, writer) + 1
+	const puts = 1_500 // more than is read ahead
+	for range puts {
+		mustPut(t, writer, "k", strings.Repeat("x", 10_000))
+	}
+	client := cluster.Client(t)
+	most := 0
+	var watchers []*Watcher[string]
+	for range 20 {
+		w := mustWatch[string](t, client, "k", WithCodec(Raw), WithRevision(from))
+		watchers = append(watchers, w)
+		eventually(t, func() (behind bool) {
+			h := hubRef{client}.lock()
+			defer h.mu.Unlock()
+			most = max(most, h.count(ownStream))
+			return w.reflector.sub.behind
+		}, "its reader is behind")
+	}
+	require.LessOrEqual(t, most, maxOwn)
+	for _, w := range []*Watcher[string]{watchers[0], watchers[len(watchers)-1]} {
+		for i := range puts {
+			require.Equal(t, from+Revision(i), next(t, w).Revision)
+		}
+	}
+}
+
 // A list that is larger than what is read ahead fills the queue. What the reader then makes room
 // for is the list, and not a watch that was parked for it.
 func TestWatchListsOnceThoughItsReaderIsSlow(t *testing.T) { // not in parallel: it counts who lists
