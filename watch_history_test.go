@@ -274,3 +274,69 @@ func TestWatchListsOverALinkTooSlowForAllItsKeysAtOnce(t *testing.T) {
 	first, _ := untilSynced(t, w)
 	require.Len(t, first, 600)
 }
+
+// The last change was a deletion, which the restored etcd has as well.
+func TestWatchNoticesARestoreAfterADeletion(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	client, link := linkedTo(t, cluster)
+	mustPut(t, writer, "p/a", "1")
+	mustPut(t, writer, "p/c", "1")
+	require.NoError(t, cluster.Backup())
+	w := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw))
+	state := mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw), WithSnapshot())
+	_, _ = untilSynced(t, state)
+	for range 10 {
+		mustPut(t, writer, "other", "")
+	}
+	mustDelete(t, writer, "p/c")
+	require.Equal(t, EventDelete, next(t, w).Type)
+	require.Equal(t, EventDelete, next(t, state).Type)
+	last := stateRevision(t, writer)
+	eventually(t, func() bool { return w.Revision() >= last && state.Revision() >= last }, "progress")
+	link.Cut()
+	require.NoError(t, cluster.Restore())
+	writer = cluster.Client(t)
+	mustPut(t, writer, "p/a", "new")
+	mustDelete(t, writer, "p/c")
+	for range 30 {
+		mustPut(t, writer, "other", "")
+	}
+	link.Reset()
+	link.Heal()
+	_, cause := ends(t, w)
+	require.ErrorIs(t, cause, ErrGap)
+	difference, _ := untilSynced(t, state)
+	require.Len(t, difference, 1)
+	require.Equal(t, "new", difference[0].Value)
+}
+
+func TestWatchGoesOnWhereTheTimeBeforeADeletionIsCompacted(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer := cluster.Client(t)
+	client, link := linkedTo(t, cluster)
+	for _, key := range []string{"p/a", "p/b", "k"} {
+		mustPut(t, writer, key, "")
+	}
+	watchers := []*Watcher[string]{
+		mustWatch[string](t, client, "p/", WithPrefix(), WithCodec(Raw)), mustWatch[string](t, client, "k", WithCodec(Raw)),
+	}
+	mustDelete(t, writer, "p/b")
+	mustDelete(t, writer, "k")
+	last := mustPut(t, writer, "other", "")
+	for _, w := range watchers {
+		require.Equal(t, EventDelete, next(t, w).Type)
+		eventually(t, func() bool { return w.Revision() >= last }, "progress")
+	}
+	link.Cut()
+	mustCompact(t, writer, last)
+	link.Reset()
+	link.Heal()
+	mustPut(t, writer, "p/b", "")
+	mustPut(t, writer, "k", "")
+	for _, w := range watchers {
+		require.Equal(t, EventPut, next(t, w).Type)
+	}
+}

@@ -371,6 +371,9 @@ func (r *reflector) checked(read stateRead, resp *clientv3.TxnResponse, err erro
 	switch {
 	case read.known != r.past.newest || read.seen != r.past.seen: // learn has found out more
 		return checkAgain
+	case errors.Is(err, rpctypes.ErrCompacted) && r.past.newest.probed:
+		r.past.newest.probed = false
+		return checkAgain
 	case errors.Is(err, rpctypes.ErrCompacted) && !r.atNext:
 		r.atNext = true
 		return checkAgain
@@ -432,6 +435,7 @@ type keyState struct {
 	size    int    // of the value
 	hashed  bool
 	deleted bool
+	probed  bool // deleted, and what it was before is compared: that it was there
 }
 
 // begin takes what was read at the start: the first key and the number of keys.
@@ -467,7 +471,7 @@ func (p *past) event(e *mvccpb.Event) {
 	p.seen = max(p.seen, e.Kv.ModRevision)
 	switch {
 	case e.Type == mvccpb.DELETE:
-		p.newest.deleted = true
+		p.newest.deleted, p.newest.probed = true, true
 		p.count--
 	case e.Kv.Version == 1:
 		p.count++
@@ -525,6 +529,9 @@ func (p *past) reads(r *reflector, at Revision) []clientv3.Op {
 			opts = append(opts, clientv3.WithKeysOnly())
 		}
 		ops = append(ops, clientv3.OpGet(p.newest.key, opts...))
+		if p.probes(at) {
+			ops = append(ops, clientv3.OpGet(p.newest.key, clientv3.WithRev(p.newest.mod-1), clientv3.WithKeysOnly()))
+		}
 	case !r.prefix:
 		ops = append(ops, clientv3.OpGet(r.key, clientv3.WithRev(at), clientv3.WithKeysOnly()))
 	}
@@ -536,6 +543,10 @@ func (p *past) reads(r *reflector, at Revision) []clientv3.Op {
 	}
 	return ops
 }
+
+// probes reports whether a read as of a revision, where 0 is now, looks at a deleted key before its
+// deletion.
+func (p *past) probes(at Revision) bool { return p.newest.probed && at > 0 }
 
 // keyCost is about what etcd does for a key that it reads to sort it, as a number of bytes.
 const keyCost = 200
@@ -573,6 +584,12 @@ func (p *past) same(r *reflector, resp *clientv3.TxnResponse) bool {
 	responses := resp.Responses
 	if p.newest.mod > 0 || !r.prefix {
 		if !p.sameKey(first(responses[0].GetResponseRange().Kvs), next) {
+			return false
+		}
+		responses = responses[1:]
+	}
+	if probed := len(responses) > 1 || !r.prefix && len(responses) > 0; probed {
+		if len(responses[0].GetResponseRange().Kvs) == 0 {
 			return false
 		}
 		responses = responses[1:]

@@ -1631,10 +1631,13 @@ func (b *batchReader) withoutCompacted(batch []readRequest) []readRequest {
 	return batch[first:]
 }
 
-// revision is as of when r reads; the largest if that is now.
+// revision is as of when r reads, the oldest one; the largest if that is now.
 func (r readRequest) revision() Revision {
-	if len(r.ops) == 0 || r.ops[0].Rev() == 0 {
-		return math.MaxInt64
+	oldest := Revision(math.MaxInt64)
+	for _, op := range r.ops {
+		if rev := op.Rev(); rev != 0 {
+			oldest = min(oldest, rev)
+		}
 	}
-	return r.ops[0].Rev()
+	return oldest
 }
