@@ -87,7 +87,7 @@ func (s *sendings) finished(err error) {
 // observe returns a KV whose sendings are observed. They cannot be, and the sendings are nil, where
 // the client's KV is not clientv3's own, for example wrapped by a namespace.
 func observe(client *clientv3.Client) (clientv3.KV, *sendings) {
-	if reflect.TypeOf(client.KV) != ownKV {
+	if !hasOwnKV(client) {
 		return client.KV, nil
 	}
 	s := &sendings{}
@@ -95,7 +95,9 @@ func observe(client *clientv3.Client) (clientv3.KV, *sendings) {
 	return clientv3.NewKVFromKVClient(remote, client), s
 }
 
-// ownKV is the type of clientv3's own KV.
+// hasOwnKV reports whether the client's KV is clientv3's own.
+func hasOwnKV(client *clientv3.Client) bool { return reflect.TypeOf(client.KV) == ownKV }
+
 var ownKV = reflect.TypeOf(clientv3.NewKVFromKVClient(nil, nil))
 
 type observedKV struct {

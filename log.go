@@ -539,7 +539,8 @@ func (c *logConfig) resolveCompacted(ctx context.Context, name string) error {
 	case c.continues(entry, 0):
 	case c.continues(entry, 1): // etcd keeps it as of then
 		c.head, err = c.readHead(ctx, name, at)
-		if errors.Is(err, rpctypes.ErrCompacted) || err == nil && c.head == nil {
+		if errors.Is(err, rpctypes.ErrCompacted) || err == nil && !c.continues(c.head, 1) {
+			c.head = nil
 			return c.resolveCompacted(ctx, name)
 		}
 		if err != nil {

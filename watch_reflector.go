@@ -285,26 +285,43 @@ func (r *reflector) mayBeUnchanged(err error) bool {
 // resumeUnchanged resumes the parked watch if its key has not changed.
 func (r *reflector) resumeUnchanged(missed error) {
 	streams := r.source.streams()
-	var opts []clientv3.OpOption
-	if !r.past.newest.hashed {
-		opts = append(opts, clientv3.WithKeysOnly())
-	}
-	policy := RetryPolicy{Elapsed: -1} // until etcd answers
-	resp, err := retry(r.ctx, &r.config, policy, "watch", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return r.client.Get(ctx, r.key, opts...)
-	})
+	rev, same, err := r.compareNow()
 	switch {
 	case r.ctx.Err() != nil:
-	case isTooLarge(err):
-		r.resyncOrGap(missed)
 	case err != nil:
 		r.fail(err)
-	case resp.Header.Revision < r.sub.next, r.past.cluster != 0 && resp.Header.ClusterId != r.past.cluster, !r.past.sameKey(first(resp.Kvs), math.MaxInt64):
+	case !same:
 		r.resyncOrGap(missed)
 	default:
-		r.past.seen = resp.Header.Revision
-		r.queue.pass(resp.Header.Revision)
-		r.source.restart(&r.sub, resp.Header.Revision+1, streams)
+		r.queue.pass(rev)
+		r.source.restart(&r.sub, rev+1, streams)
+	}
+}
+
+// compareNow reports whether the key is as it was, as of the revision that it returns.
+func (r *reflector) compareNow() (rev Revision, same bool, err error) {
+	reads := &batchReader{ctx: r.ctx, client: r.client}
+	for {
+		var read stateRead
+		r.source.locked(func() { read = r.past.read(r, 0) })
+		err = errClientClosed // nobody else ends the read
+		reads.read([]readRequest{{
+			ops:    read.ops,
+			cost:   read.cost,
+			failed: func(error) {},
+			done: func(resp *clientv3.TxnResponse, failed error) {
+				r.source.locked(func() {
+					if err = failed; err == nil {
+						rev, same = resp.Header.Revision, r.past.same(r, resp)
+					} else if isTooLarge(err) {
+						r.past.newest.hashed = false
+					}
+				})
+			},
+		}})
+		if !isTooLarge(err) || !read.known.hashed {
+			return rev, same, err
+		}
 	}
 }
 
@@ -754,7 +771,7 @@ func (r *reflector) verifyListed(rev Revision, listed *keyHash) error {
 	for _, kv := range resp.Kvs {
 		now.add(kv)
 	}
-	if now.sum() != listed.sum() {
+	if resp.More || now.sum() != listed.sum() {
 		return errRestored
 	}
 	return nil

@@ -86,7 +86,7 @@ type watchSub struct {
 	behind  bool // its reader was: it gets a stream of its own
 	paused  bool // it is parked until its reader has room, and for no other reason
 	large   bool // a message was too large: it asks for fragments
-	whole   bool // those took too long to make: its messages may be of any size
+	whole   bool // those took too long to make: its messages may be larger
 	retries int
 
 	home    *watchStream  // where it is, or is about to be; nil while it is parked
@@ -160,7 +160,8 @@ const (
 	// fragments. Not before: the server's time for fragments is quadratic in the number of events.
 	// maxLiveMessage is that of the live stream, where most messages are one transaction, which has
 	// to be taken at once anyway.
-	maxMessage, maxLiveMessage = 16 << 20, 64 << 20
+	// maxWholeMessage is that of a stream whose messages cannot come in fragments.
+	maxMessage, maxLiveMessage, maxWholeMessage = 16 << 20, 64 << 20, 256 << 20
 	// maxBacklog is how many revisions a watch may be behind and still return to the live stream.
 	maxBacklog = 1000
 	// maxCatchUps and maxOwn limit streams, because a server may limit those of a client.
@@ -778,7 +779,7 @@ func (h *watchHub) streamLost(sub *watchSub, s *watchStream, err error, tooLarge
 // tooMuchAtOnce has a watch that is behind get less in a message than on a stream that did not
 // answer: over a slow link a large message takes longer than the timeout. If the answers did not
 // come in fragments, it is the other way round: etcd takes long to make those of small events. If
-// it did not get a single revision in fragments, then it gets messages of any size.
+// it did not get a single revision in fragments, then it gets larger messages.
 func (sub *watchSub) tooMuchAtOnce(s *watchStream) {
 	if s.catchesUp() {
 		sub.large = !s.fragment
@@ -793,7 +794,7 @@ type watchStream struct {
 	hub      *watchHub
 	kind     streamKind
 	fragment bool
-	whole    bool // it takes messages of any size
+	whole    bool // it takes larger messages
 	ctx      context.Context
 	cancel   context.CancelFunc
 	born     time.Time
@@ -885,8 +886,10 @@ func (s *watchStream) open(timeout time.Duration) (pb.Watch_WatchClient, error) 
 func (s *watchStream) openToAny(ctx context.Context, timeout time.Duration) (pb.Watch_WatchClient, error) {
 	limit := maxMessage
 	switch {
-	case s.fragment || s.whole:
+	case s.fragment:
 		limit = math.MaxInt32 // a single event may be larger than fragments are
+	case s.whole:
+		limit = maxWholeMessage
 	case s.kind == liveStream:
 		limit = maxLiveMessage
 	}

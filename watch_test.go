@@ -1677,3 +1677,28 @@ func TestWatchOfAKeyThatDidNotChangeOutlivesCompaction(t *testing.T) {
 		require.NoError(t, w.Close())
 	}
 }
+
+// What the watch stream delivered may be larger than the client's requests accept.
+func TestWatchOfALargeValueThatDidNotChangeOutlivesCompaction(t *testing.T) {
+	t.Parallel()
+	cluster := etcdtest.Start(t, 1)
+	writer, key := cluster.Client(t), nameOf(t)
+	link := etcdtest.StartLink(t, cluster.Endpoints()[0])
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{link.Endpoint()}, MaxCallRecvMsgSize: 256 << 10, Logger: zap.NewNop()})
+	require.NoError(t, err)
+	defer client.Close()
+	w := mustWatch[string](t, client, key, WithCodec(Raw))
+	mustPut(t, writer, key, strings.Repeat("x", 900_000))
+	_ = next(t, w)
+	link.Cut()
+	var rev Revision
+	for range 10 {
+		rev = mustPut(t, writer, "other", "")
+	}
+	mustCompact(t, writer, rev)
+	link.Reset()
+	link.Heal()
+	eventually(t, func() bool { return w.Revision() >= rev }, "it goes on")
+	mustPut(t, writer, key, "2")
+	require.Equal(t, "2", next(t, w).Value)
+}
