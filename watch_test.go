@@ -1646,7 +1646,7 @@ func TestWatchOfAKeyThatDidNotChangeOutlivesCompaction(t *testing.T) {
 	cluster := etcdtest.Start(t, 1)
 	writer, key := cluster.Client(t), nameOf(t)
 	for name, change := range map[string]func(){
-		"":         nil,
+		"":         func() {},
 		"changed":  func() { mustPut(t, writer, key, "missed") },
 		"replaced": func() { mustDelete(t, writer, key); mustPut(t, writer, key, "1") },
 	} {
@@ -1655,18 +1655,8 @@ func TestWatchOfAKeyThatDidNotChangeOutlivesCompaction(t *testing.T) {
 		w := mustWatch[string](t, client, key, WithCodec(Raw))
 		mustPut(t, writer, key, "1")
 		require.Equal(t, "1", next(t, w).Value)
-		link.Cut()
-		if change != nil {
-			change()
-		}
-		var rev Revision
-		for range 10 {
-			rev = mustPut(t, writer, "other", "")
-		}
-		mustCompact(t, writer, rev)
-		link.Reset()
-		link.Heal()
-		if change != nil {
+		rev := cutAndCompact(t, writer, link, func() { change(); mustPut(t, writer, "other", "") })
+		if name != "" {
 			_, cause := ends(t, w)
 			require.ErrorIs(t, cause, ErrGap, name)
 			continue
@@ -1690,14 +1680,7 @@ func TestWatchOfALargeValueThatDidNotChangeOutlivesCompaction(t *testing.T) {
 	w := mustWatch[string](t, client, key, WithCodec(Raw))
 	mustPut(t, writer, key, strings.Repeat("x", 900_000))
 	_ = next(t, w)
-	link.Cut()
-	var rev Revision
-	for range 10 {
-		rev = mustPut(t, writer, "other", "")
-	}
-	mustCompact(t, writer, rev)
-	link.Reset()
-	link.Heal()
+	rev := cutAndCompact(t, writer, link, func() { mustPut(t, writer, "other", "") })
 	eventually(t, func() bool { return w.Revision() >= rev }, "it goes on")
 	mustPut(t, writer, key, "2")
 	require.Equal(t, "2", next(t, w).Value)
